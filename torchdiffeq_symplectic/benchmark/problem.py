@@ -1,0 +1,83 @@
+"""What a benchmark solves and differentiates."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Problem", "State", "as_tuple", "flatten", "gradient"]
+
+State: TypeAlias = Tensor | tuple[Tensor, ...]  # a state, or a solution, in torchdiffeq's form
+Solver: TypeAlias = Callable[..., State]  # called as torchdiffeq's odeint is
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The loss of an initial value problem's solution, as a function of the initial state and the field's parameters.
+
+    Attributes:
+        field: ``field(t, y)``, the slope at time ``t`` (no dimension) and state ``y`` (in the shape of ``y0``).
+        y0: state at ``t[0]``, a tensor or a tuple of tensors.
+        t: output times, shape ``(T,)``, increasing or decreasing.
+        loss: maps the solution, of shape ``(T, *y0.shape)`` or a tuple of such, to a tensor without dimensions. It must
+            take a solution of any dtype.
+        method: torchdiffeq's name of the method.
+        rtol: relative tolerance.
+        atol: absolute tolerance, in the units of the state.
+        options: torchdiffeq's options of the method. Give an adaptive one ``first_step``: if the solver chooses the
+            first step itself, backpropagation through it also differentiates that choice, which no other mode does.
+    """
+
+    field: nn.Module
+    y0: State
+    t: Tensor
+    loss: Callable[[State], Tensor]
+    method: str = "dopri5"
+    rtol: float = 1e-7
+    atol: float = 1e-9
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @cached_property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What the loss is differentiated with respect to: the parts of y0, then the field's trainable parameters."""
+        parameters = [parameter for parameter in self.field.parameters() if parameter.requires_grad]
+        return (*self._initial_state, *parameters)
+
+    @cached_property
+    def _initial_state(self) -> tuple[Tensor, ...]:
+        return tuple(part.detach().clone().requires_grad_() for part in as_tuple(self.y0))
+
+    def solve(self, solver: Solver, field: nn.Module | None = None) -> State:
+        """The solution by ``solver``, of ``field`` in the place of the problem's own if given."""
+        return solver(
+            self.field if field is None else field,
+            self._initial_state if isinstance(self.y0, tuple) else self._initial_state[0],
+            self.t,
+            rtol=self.rtol,
+            atol=self.atol,
+            method=self.method,
+            options=dict(self.options),
+        )
+
+    def replace(self, **changes: Any) -> "Problem":
+        """The same problem but for ``changes``."""
+        return dataclasses.replace(self, **changes)
+
+
+def gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of ``loss`` with respect to ``leaves``, zero for those that it does not depend on."""
+    return torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """All entries one after the other in float64, shape ``(M,)``."""
+    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
+
+
+def as_tuple(state: State) -> tuple[Tensor, ...]:
+    """A state's tensors."""
+    return state if isinstance(state, tuple) else (state,)

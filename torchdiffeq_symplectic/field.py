@@ -1,0 +1,167 @@
+"""Evaluating a solve's field again: slopes, and every vector-Jacobian product that the modes make."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_symplectic.surroundings import Surroundings
+
+__all__ = ["Field", "Linearisation", "MissingGradientWarning"]
+
+# Up to this many parameters, autograd is asked for all of them at every stage; above, only for those in the stage's graph.
+_ASK_FOR_ALL = 64
+
+
+class MissingGradientWarning(UserWarning):
+    """A tensor that needs a gradient is used by the field but is in no list of parameters, so it gets none."""
+
+
+class Field:
+    """The vector field ``f(t, y)`` of one solve, evaluated as the host evaluated it.
+
+    Args:
+        func: ``func(t, y)``, with the host's own wrappers where they change values.
+        params: tensors whose gradients are accumulated; they may be leaves or results of other operations.
+        surroundings: what else ``func`` depends on.
+        wants_time: whether products with respect to ``t`` are needed.
+        ignore: tensors whose missing gradient is nobody's oversight.
+        dtype, shape: of the state; slopes are cast and expanded to them, as the hosts do.
+
+    Attributes:
+        param_grads: the products with respect to ``params`` summed so far; zeros where a parameter is not used.
+    """
+
+    def __init__(
+        self,
+        func: Callable[[Tensor, Tensor], Tensor],
+        params: Sequence[Tensor],
+        surroundings: Surroundings,
+        *,
+        wants_time: bool,
+        ignore: Iterable[Tensor],
+        dtype: torch.dtype,
+        shape: torch.Size,
+    ) -> None:
+        self._func = func
+        self._surroundings = surroundings
+        self.params = tuple(params)
+        self.wants_time = wants_time
+        self.dtype, self.shape = dtype, shape
+        self.param_grads = [torch.zeros_like(param) for param in params]
+        self._ignore: set[int] = set()
+        self.ignore(ignore)
+        self._checked = False
+        self._nodes: dict[torch.autograd.graph.Node, list[int]] = {}
+
+    def __call__(self, t: Tensor, y: Tensor, random: Tensor | None) -> Tensor:
+        """The slope ``f(t, y)`` in the present gradient mode, of the state's shape and dtype."""
+        if random is not None:
+            self._surroundings.random.set(random)
+        if self._surroundings.autocast_dtype is None:
+            slope = self._func(t, y)
+        else:
+            with self._surroundings.autocast():
+                slope = self._func(t, y)
+        if slope.dtype != self.dtype:
+            slope = slope.to(self.dtype)
+        return slope if slope.shape == self.shape else slope.expand(self.shape)
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors whose missing gradient is not to be reported."""
+        self._ignore.update(id(tensor) for tensor in tensors)
+
+    def linearise(self, t: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
+        """Evaluate the field with its graph at fresh leaves; to be called where gradients are enabled."""
+        t, y = t.detach(), y.detach().requires_grad_()
+        if self.wants_time:
+            t.requires_grad_()
+        return Linearisation(self, self(t, y, random), t, y)
+
+    def params_in(self, slope: Tensor, known: Iterable[Tensor]) -> Sequence[int] | None:
+        """The parameters that the graph of ``slope`` may reach, None for all.
+
+        At the first call also report what the graph reaches that is neither a parameter nor ``known``. To look for the
+        parameters at every stage pays where there are many: a deep network asked for all of them at each of its blocks
+        would be quadratic in its depth.
+        """
+        few = len(self.params) <= _ASK_FOR_ALL
+        if self._checked and few:
+            return None
+        if not self._nodes:
+            for i, param in enumerate(self.params):
+                self._nodes.setdefault(torch.autograd.graph.get_gradient_edge(param).node, []).append(i)
+        found, others = reachable(slope, self._nodes)
+        if not self._checked:
+            self._checked = True
+            self.ignore(known)
+            report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
+        return None if few else sorted(found)
+
+
+class Linearisation:
+    """The slope at one stage with its graph, good for one vector-Jacobian product."""
+
+    __slots__ = ("_field", "_t", "slope", "y")
+
+    def __init__(self, field: Field, slope: Tensor, t: Tensor, y: Tensor) -> None:
+        self._field, self.slope, self._t, self.y = field, slope, t, y
+
+    def pull_back(self, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The product with the Jacobians in ``y`` and ``t``, None for zero; that in the parameters is accumulated.
+
+        ``cotangent`` has the state's shape. The graph is kept for what lies outside of the stage: a tensor that the
+        field closes over may be derived from a parameter, and is then walked again at every stage.
+        """
+        field, slope = self._field, self.slope
+        if not slope.requires_grad:
+            return None, None
+        chosen = field.params_in(slope, (self.y, self._t))
+        params = field.params if chosen is None else [field.params[i] for i in chosen]
+        leading = (self.y, self._t) if field.wants_time else (self.y,)
+        grads = torch.autograd.grad(slope, (*leading, *params), cotangent, retain_graph=True, allow_unused=True)
+        product, product_t = grads[0], grads[1] if field.wants_time else None
+        totals = field.param_grads if chosen is None else [field.param_grads[i] for i in chosen]
+        products = grads[len(leading) :]
+        if any(grad is None for grad in products):
+            used = [(total, grad) for total, grad in zip(totals, products, strict=True) if grad is not None]
+            totals, products = [total for total, _ in used], [grad for _, grad in used]
+        if products:
+            torch._foreach_add_(totals, products)
+        return product, product_t
+
+
+def reachable(root: Tensor, nodes: Mapping[torch.autograd.graph.Node, Sequence[int]]) -> tuple[set[int], list[Tensor]]:
+    """Walk the graph of ``root``: the numbers of the ``nodes`` met, and the leaves met besides, not looking past either."""
+    found: set[int] = set()
+    leaves: list[Tensor] = []
+    stack = [torch.autograd.graph.get_gradient_edge(root).node]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        if node in nodes:
+            found.update(nodes[node])
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            leaves.append(leaf)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return found, leaves
+
+
+def report_missing(tensors: Sequence[Tensor]) -> None:
+    """Warn of tensors that the field uses and whose gradient nobody asked for."""
+    if tensors:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
+        warnings.warn(
+            f"func uses {len(tensors)} tensor(s) that require a gradient but are not in adjoint_params (shapes: {shapes}), "
+            "so they get no gradient from this solve. List them in adjoint_params, or detach them.",
+            MissingGradientWarning,
+            stacklevel=2,
+        )

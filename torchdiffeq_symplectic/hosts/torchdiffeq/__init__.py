@@ -1,0 +1,173 @@
+"""The adapter of torchdiffeq: how its solve is recorded, and which of its names are patched.
+
+`register` replaces two things: the function ``odeint_adjoint`` wherever torchdiffeq itself holds it, and the class that
+it looks up at each call, which reaches callers that imported the function earlier.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+import torchdiffeq as host
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, _check_inputs, _flat_to_shape, adjoint
+from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
+from torchdiffeq_symplectic.modes import MODES
+
+__all__ = ["odeint_adjoint", "register", "unregister"]
+
+_upstream_odeint_adjoint = adjoint.odeint_adjoint
+_upstream_method = adjoint.OdeintAdjointMethod
+
+
+def odeint_adjoint(
+    func: Any,
+    y0: Any,
+    t: Tensor,
+    *,
+    rtol: Any = 1e-7,
+    atol: Any = 1e-9,
+    method: str | None = None,
+    options: dict[str, Any] | None = None,
+    event_fn: Any = None,
+    adjoint_rtol: Any = None,
+    adjoint_atol: Any = None,
+    adjoint_method: str | None = None,
+    adjoint_options: dict[str, Any] | None = None,
+    adjoint_params: Any = None,
+) -> Any:
+    """torchdiffeq's ``odeint_adjoint``, with the gradient modes of this package among the values of ``adjoint_method``.
+
+    Gradients are those of the discrete solve, exact to rounding, its accepted step sizes held constant, with respect to
+    ``y0``, ``adjoint_params`` and ``t`` (and ``step_t``, ``jump_t`` and what a grid constructor computes the grid from).
+
+    Args:
+        func: the field, ``func(t, y) -> dy/dt``; ``t`` 0-d, ``y`` like ``y0``.
+        y0: initial state, a tensor of any shape or a tuple of tensors.
+        t: output times, shape ``(T,)``, strictly increasing or decreasing; the first belongs to ``y0``.
+        rtol, atol, method, options, event_fn: as for ``torchdiffeq.odeint``.
+        adjoint_rtol, adjoint_atol: accepted; without effect in the modes of this package, whose backward has no tolerance.
+        adjoint_method: "symplectic", "aca", "baseline", or one of torchdiffeq's methods, which are passed on to it.
+        adjoint_options: for this package's modes ``"replay_check"`` ("error", "warn" or "ignore"), and for "symplectic"
+            ``"checkpoint"`` ("steps" or "stages"). Options of upstream's adjoint, its norm too, have no effect.
+        adjoint_params: tensors to differentiate with respect to; the parameters of ``func`` if not given. ``()`` for none.
+
+    Returns:
+        The solution, shape ``(T, *y0.shape)``, or a tuple of such; with ``event_fn`` the pair of event time and solution.
+
+    Raises:
+        ValueError: for an unknown method, or ``func`` without ``adjoint_params`` that is no module.
+        TypeError: if ``adjoint_params`` is a single tensor.
+        NotImplementedError: before the solve, if the steps of ``method`` are of no form that can be replayed.
+        ReplayError: in backward, if recomputing a step does not give what the forward pass gave.
+    """
+    if adjoint_method not in MODES:
+        # Upstream's own check for modes that are not ours; it never sees those that are.
+        return _upstream_odeint_adjoint(
+            func,
+            y0,
+            t,
+            rtol=rtol,
+            atol=atol,
+            method=method,
+            options=options,
+            event_fn=event_fn,
+            adjoint_rtol=adjoint_rtol,
+            adjoint_atol=adjoint_atol,
+            adjoint_method=adjoint_method,
+            adjoint_options=adjoint_options,
+            adjoint_params=adjoint_params,
+        )
+    if adjoint_params is None and not isinstance(func, nn.Module):
+        raise ValueError(
+            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be specified "
+            "explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable to set "
+            "`adjoint_params=()`."
+        )
+    if isinstance(adjoint_params, Tensor):
+        raise TypeError(
+            "adjoint_params must be a sequence of tensors, but is a single tensor, which would be taken apart into its "
+            "rows. Pass adjoint_params=(tensor,)."
+        )
+    params = tuple(adjoint.find_parameters(func) if adjoint_params is None else adjoint_params)
+    params = tuple(param for param in params if param.requires_grad)
+    shapes, func, y0, t, rtol, atol, method, options, event_fn, decreasing = _check_inputs(
+        func, y0, t, rtol, atol, method, options, event_fn, SOLVERS
+    )
+    call = Call(func, y0, t, rtol, atol, method or "dopri5", options or {}, event_fn, params, adjoint_options or {})
+    answer = solve(MODES[adjoint_method], call)
+    event_t, solution = answer if event_fn is not None else (None, answer)
+    if shapes is not None:
+        solution = _flat_to_shape(solution, (len(t),), shapes)
+    if event_fn is None:
+        return solution
+    event_t = event_t.to(t)
+    return -event_t if decreasing else event_t, solution
+
+
+class _Dispatch:
+    """In the place of torchdiffeq's ``OdeintAdjointMethod``, which its ``odeint_adjoint`` looks up at each call."""
+
+    @staticmethod
+    def apply(
+        shapes: Any,
+        func: Any,
+        y0: Tensor,
+        t: Tensor,
+        rtol: Any,
+        atol: Any,
+        method: str,
+        options: dict[str, Any],
+        event_fn: Any,
+        adjoint_rtol: Any,
+        adjoint_atol: Any,
+        adjoint_method: str,
+        adjoint_options: dict[str, Any],
+        t_requires_grad: bool,
+        *adjoint_params: Tensor,
+    ) -> Any:
+        if adjoint_method in MODES:
+            call = Call(func, y0, t, rtol, atol, method, options, event_fn, adjoint_params, adjoint_options)
+            return solve(MODES[adjoint_method], call)
+        needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y0, t, *adjoint_params))
+        if needed and adjoint_method is not None and adjoint_method not in SOLVERS:
+            known = '", "'.join([*SOLVERS, *MODES])
+            raise ValueError(f'Invalid method "{adjoint_method}". Must be one of {{"{known}"}}.')
+        return _upstream_method.apply(
+            shapes,
+            func,
+            y0,
+            t,
+            rtol,
+            atol,
+            method,
+            options,
+            event_fn,
+            adjoint_rtol,
+            adjoint_atol,
+            adjoint_method,
+            adjoint_options,
+            t_requires_grad,
+            *adjoint_params,
+        )
+
+
+def register() -> None:
+    """Make the gradient modes known to torchdiffeq. Doing it again changes nothing."""
+    _replace(_upstream_odeint_adjoint, odeint_adjoint, _upstream_method, _Dispatch)
+
+
+def unregister() -> None:
+    """Put back what `register` replaced."""
+    _replace(odeint_adjoint, _upstream_odeint_adjoint, _Dispatch, _upstream_method)
+
+
+def _replace(function: Any, new_function: Any, method: Any, new_method: Any) -> None:
+    for module in (host, sys.modules["torchdiffeq._impl"], adjoint):
+        if module.odeint_adjoint is function:
+            module.odeint_adjoint = new_function
+    if adjoint.OdeintAdjointMethod is method:
+        adjoint.OdeintAdjointMethod = new_method

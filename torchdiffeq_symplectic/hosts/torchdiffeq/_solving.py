@@ -1,0 +1,190 @@
+"""One call of torchdiffeq under a gradient mode: its own solver runs, recorded, and the result gets its gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.check import REPLAY_CHECKS
+from torchdiffeq_symplectic.field import reachable, report_missing
+from torchdiffeq_symplectic.gradient import Solve, Times, attach
+from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import AdaptiveRecorder, measure_adaptive
+from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
+from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
+    SOLVERS,
+    AdamsBashforthMoulton,
+    FixedGridODESolver,
+    RKAdaptiveStepsizeODESolver,
+    _PerturbFunc,
+    _ReverseFunc,
+    _TupleFunc,
+)
+from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
+from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import options_of
+from torchdiffeq_symplectic.modes import Mode
+from torchdiffeq_symplectic.surroundings import Surroundings, modules_of
+from torchdiffeq_symplectic.tableau import UnknownFormError
+from torchdiffeq_symplectic.trajectory import Recording
+
+__all__ = ["Call", "solve"]
+
+
+@dataclasses.dataclass
+class Call:
+    """The arguments of a solve as torchdiffeq normalises them: a flat state, increasing times, a wrapped field.
+
+    Attributes:
+        func: torchdiffeq's outermost wrapper of the field.
+        y0: initial state; t: increasing times, shape ``(T,)``.
+        rtol, atol: floats or tensors that broadcast with ``y0``.
+        method, options, event_fn: as torchdiffeq takes them.
+        params: tensors that gradients are wanted for.
+        adjoint_options: of the mode, and upstream's, which have no effect.
+    """
+
+    func: Any
+    y0: Tensor
+    t: Tensor
+    rtol: Any
+    atol: Any
+    method: str
+    options: dict[str, Any]
+    event_fn: Callable[[Tensor, Tensor], Tensor] | None
+    params: Sequence[Tensor]
+    adjoint_options: Mapping[str, Any]
+
+    @property
+    def given(self) -> Callable[..., Any]:
+        """The field that the user passed."""
+        func = self.func
+        while isinstance(func, _PerturbFunc | _ReverseFunc | _TupleFunc):
+            func = func.base_func
+        result: Callable[..., Any] = func
+        return result
+
+    def option(self, name: str) -> Tensor | None:
+        """An option that may be a tensor with a gradient."""
+        value = self.options.get(name)
+        return value if isinstance(value, Tensor) else None
+
+
+def solve(mode: Mode, call: Call) -> Any:
+    """The solution, or ``(event_t, solution)``, with the gradient of ``mode``.
+
+    Raises:
+        NotImplementedError: before the solve starts, if the method's steps are not of a form that can be replayed.
+        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
+    """
+    check = _checked_options(mode, call.adjoint_options)
+    keep = mode.keeps(call.adjoint_options)
+    sources = [call.y0, call.t, *call.params, *filter(None.__ne__, map(call.option, ("step_t", "jump_t", "step_size")))]
+    if not torch.is_grad_enabled():
+        return _plain(call)
+    if not any(tensor.requires_grad for tensor in sources):
+        _report_captured(call)
+        return _plain(call)
+    solver, measured = _recording_solver(mode, call)
+    surroundings = Surroundings(call.given, call.y0.device)
+    recording = Recording(keep)
+    if call.event_fn is None and isinstance(solver, FixedRecorder):
+        solver.use_grid(call.t)
+    listener = Listener(
+        call.func, surroundings.random, slopes=keep is keep.SLOPES and isinstance(solver, FixedRecorder)
+    )
+    with torch.no_grad():
+        solver.start_recording(recording, measured, listener)
+        recording.at_start.append(0)
+        event_t, solution = _run(solver, call.t.detach(), call.event_fn)
+        solver.finish_recording()
+    surroundings.solved()
+    outputs = call.t[1:] if event_t is None else event_t.reshape(1)
+    times = _times(solver, recording, call, outputs)
+    ignore = [] if call.params else [p for module in modules_of(call.given) for p in module.parameters(recurse=False)]
+    attached = attach(
+        Solve(mode, recording, call.func.base_func, surroundings, check, ignore), solution, call.y0, times, call.params
+    )
+    return attached if event_t is None else (event_t, attached)
+
+
+def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor | None, Tensor]:
+    """torchdiffeq's own solve."""
+    if event_fn is None:
+        return None, solver.integrate(t)
+    event_t, solution = solver.integrate_until_event(t[0], event_fn)
+    return event_t, solution
+
+
+def _plain(call: Call) -> Any:
+    """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
+    with torch.no_grad():
+        solver = SOLVERS[call.method](func=call.func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
+        event_t, solution = _run(solver, call.t, call.event_fn)
+    return solution if event_t is None else (event_t, solution)
+
+
+def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
+    interpolated = [n - 1 for entry in recording.entries for n in range(*entry.interpolated)]
+    if len(interpolated) < len(outputs):
+        outputs = outputs[torch.tensor(interpolated, dtype=torch.long, device=outputs.device)]
+    times: Times = solver.times(call.t, outputs, call.option("step_t"), call.option("jump_t"))
+    return times
+
+
+def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
+    """An instance of the method's solver class that also records, and the tableaus of its steps, measured first.
+
+    The tableaus are None where they are measured step by step. The solver's own warnings and errors are upstream's.
+    """
+    solver = SOLVERS[call.method]
+    try:
+        recording, measure = _recorder(solver)
+        measured = measure(solver, call.options)
+    except UnknownFormError as reason:
+        raise NotImplementedError(
+            f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
+            "Runge-Kutta or Adams method of torchdiffeq, or one of torchdiffeq's own adjoint methods."
+        ) from reason
+    instance = recording(func=call.func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
+    return instance, measured
+
+
+@functools.cache
+def _recorder(solver: type) -> tuple[type, Callable[[type, Mapping[str, Any]], Any]]:
+    """The class of ``solver`` with a recorder mixed in, and how its steps are measured."""
+    if issubclass(solver, AdamsBashforthMoulton):
+        return type(solver.__name__, (AdamsRecorder, solver), {}), measure_adams
+    if issubclass(solver, FixedGridODESolver):
+        return type(solver.__name__, (FixedRecorder, solver), {}), measure_fixed
+    if issubclass(solver, RKAdaptiveStepsizeODESolver):
+        return type(solver.__name__, (AdaptiveRecorder, solver), {}), measure_adaptive
+    raise UnknownFormError(f"{solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver")
+
+
+def _checked_options(mode: Mode, options: Mapping[str, Any]) -> str:
+    """Warn of unknown keys as torchdiffeq does; returns how the replay is checked."""
+    upstream = frozenset().union({"norm"}, *map(options_of, SOLVERS.values()))
+    unknown = {key: value for key, value in options.items() if key not in upstream | mode.options | {"replay_check"}}
+    if unknown:
+        warnings.warn(f"{mode.name}: Unexpected arguments {unknown}", stacklevel=4)
+    check = options.get("replay_check", "error")
+    if check not in REPLAY_CHECKS:
+        raise ValueError(f'adjoint_options["replay_check"] must be one of {REPLAY_CHECKS}, but is {check!r}')
+    return str(check)
+
+
+def _report_captured(call: Call) -> None:
+    """Nothing listed needs a gradient: see by one evaluation whether something else does."""
+    given = call.given
+    own = {id(parameter) for module in modules_of(given) for parameter in module.parameters(recurse=False)}
+    if isinstance(given, nn.Module):
+        return
+    with torch.enable_grad():
+        slope = call.func(call.t[0].detach(), call.y0.detach())
+    if slope.requires_grad:
+        report_missing([leaf for leaf in reachable(slope, {})[1] if id(leaf) not in own])

@@ -1,0 +1,201 @@
+"""The discrete adjoint of explicit steps, swept backwards over a trajectory.
+
+One step, with ``q`` carried slopes and ``s`` own stages, maps ``(y, k_carried)`` to ``(y1, outputs, k_passed)``. With
+``lambda1`` the cotangent of ``y1`` and ``g_i`` whatever reaches slope ``i`` from outside of the step's own arithmetic
+(outputs inside the step, later steps that carry it in), going through the own stages from the last to the first,
+
+    l_i  = h * b_i * lambda1 + g_i + h * sum_{j > i} a_ji * xi_j                                      (cotangent of k_i)
+    xi_i = (df/dy)^T l_i       p' += (df/dp)^T l_i       tau_i = (df/dt)^T l_i       at (t + c_i h, Y_i)
+    lambda = lambda1 + sum_i xi_i + (cotangents of the outputs inside the step)
+
+and for a carried slope ``l_c`` is passed on to the stage of the earlier step that it is the slope of. With
+``Lambda_i = l_i / (h b_i)`` this is the partitioned Runge-Kutta method whose coefficients satisfy
+``b_i A_ij + b_j a_ji = b_i b_j``: the symplectic adjoint method (Matsubara, Miyatake, Yaguchi, NeurIPS 2021,
+https://arxiv.org/abs/2102.09750). In this form no weight is divided by, so stages with ``b_i = 0`` are no special case.
+
+The modes that sweep differ in one thing: when the graphs of the stages are built, and how long they live.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_symplectic.check import ReplayCheck
+from torchdiffeq_symplectic.cotangents import Cotangents, Gradients
+from torchdiffeq_symplectic.field import Field, Linearisation
+from torchdiffeq_symplectic.tableau import Tableau
+from torchdiffeq_symplectic.trajectory import Step, Trajectory
+
+__all__ = ["StageReplay", "Stages", "sweep"]
+
+Stages = Callable[["StageReplay"], Callable[[int], Linearisation]]
+"""Given a step, prepare its stages; the result linearises the own stage asked for. Stages are asked for from the last."""
+
+
+class _Workspace:
+    """One buffer for a step: rows of carried slopes, own stages, and lambda last; a stage's row holds first k_i, then xi_i.
+
+    Where slopes were kept, those evaluated anew go to the rows of ``fresh``, else to the same rows. The views that the
+    stages use are made once a tableau layout, and their coefficients once a solve.
+    """
+
+    def __init__(self, rows: Tensor, fresh: Tensor, carried: int, stages: int, shape: torch.Size) -> None:
+        own = len(rows) - 1 - stages
+        first = own - carried
+        self.lam = rows[-1]
+        self.carried = rows[first:own]
+        self.slopes = fresh[first:-1]
+        self.checked_at = 0 if fresh is not rows else stages - 1
+        self.products = rows[own:-1]
+        self.after_carried = rows[own:]
+        self.stage = [row.view(shape) for row in rows[own:-1]]
+        self.fresh_carried = fresh[first:own]
+        self.fresh_stage = [row.view(shape) for row in fresh[own:-1]]
+        self.before_stage = [rows[first : own + i].t() for i in range(stages)]
+        self.after_stage = [rows[own + i + 1 :].t() for i in range(stages)]
+        # The parts of `_weights`, in its order.
+        self.sizes = [carried + i for i in range(stages)] + [stages - i for i in range(stages)]
+        self.sizes += [carried * (stages + 1), carried + stages]
+
+
+class StageReplay:
+    """One step being replayed: its stage states, and its slopes in the workspace."""
+
+    def __init__(self, step: Step, field: Field, work: _Workspace, scaled: Tensor) -> None:
+        self.step = step
+        self.field = field
+        self.work = work
+        self.stages = step.tableau.stages
+        parts = scaled.split(work.sizes)
+        self._before = parts[: self.stages]
+        self._after = parts[self.stages : 2 * self.stages]
+        self._carried, self._new = parts[-2:]
+        self._flat = step.state.reshape(-1)
+        if self._flat.dtype != field.dtype:
+            self._flat = self._flat.to(field.dtype)
+        for row, slope in zip(work.carried, step.carried, strict=True):
+            row.copy_(slope.reshape(-1))
+        if work.fresh_carried is not work.carried and len(work.carried):
+            work.fresh_carried.copy_(work.carried)
+        for i, slope in step.slopes.items():
+            work.stage[i].copy_(slope)
+
+    def state(self, i: int) -> Tensor:
+        """``Y_i = y + h * sum_j a_ij k_j``."""
+        if i == 0 and not self.step.carried:
+            return self.step.state
+        return torch.addmv(self._flat, self.work.before_stage[i], self._before[i]).view(self.field.shape)
+
+    def _random(self, i: int) -> Tensor | None:
+        return self.step.random[i] if self.step.random else None
+
+    def evaluate(self, i: int) -> None:
+        """Put ``k_i`` into the workspace; to be called where gradients are not enabled."""
+        self.work.stage[i].copy_(self.field(self.step.times[i].detach(), self.state(i).detach(), self._random(i)))
+
+    def linearise(self, i: int) -> Linearisation:
+        """Evaluate ``k_i`` with its graph; its value goes into the workspace."""
+        linearisation = self.field.linearise(self.step.times[i], self.state(i), self._random(i))
+        self.work.fresh_stage[i].copy_(linearisation.slope.detach())
+        return linearisation
+
+    def next_state(self) -> Tensor:
+        """``y + h * sum_j b_j k_j``, flat; valid while the workspace holds all slopes."""
+        return torch.addmv(self._flat, self.work.slopes.t(), self._new)
+
+    def cotangent(self, i: int, outside: Tensor | None) -> Tensor:
+        """``l_i``, of the state's shape; valid when the workspace holds ``xi_j`` for all ``j > i``."""
+        if outside is None:
+            flat = torch.mv(self.work.after_stage[i], self._after[i])
+        else:
+            flat = torch.addmv(outside, self.work.after_stage[i], self._after[i])
+        return flat.view(self.field.shape)
+
+    def carried_cotangents(self) -> Tensor:
+        """``l_c`` for each carried slope, shape ``(q, n)``."""
+        return self._carried.view(-1, self.stages + 1) @ self.work.after_carried
+
+
+def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck, stages: Stages) -> Gradients:
+    """Carry the cotangents of the outputs back to the initial state, the parameters and the times.
+
+    Args:
+        trajectory: the solve, its states kept.
+        field: evaluates the field and accumulates the products with respect to parameters.
+        outputs: the cotangent of the solution, shape ``(T, *y0.shape)``.
+        check: is told how well each step was reproduced.
+        stages: builds the graphs of a step's stages.
+    """
+    cotangents = Cotangents(trajectory, outputs)
+    tableaus = trajectory.groups
+    depth = max((tableau.carried + tableau.stages for tableau in tableaus), default=0)
+    rows = torch.zeros(depth + 1, field.shape.numel(), dtype=field.dtype, device=trajectory.initial.device)
+    fresh = torch.zeros_like(rows) if trajectory.has_slopes else rows
+    work = {
+        layout: _Workspace(rows, fresh, *layout, field.shape)
+        for layout in {(tableau.carried, tableau.stages) for tableau in tableaus}
+    }
+    scaled = trajectory.each(lambda tableau, start, size, end: _scaled(tableau, size, field.dtype))
+    lam = rows[-1]
+    for step in trajectory.backwards():
+        space = work[step.tableau.carried, step.tableau.stages]
+        replay = StageReplay(step, field, space, scaled[step.index])
+        if step.at_end is not None:
+            lam.add_(cotangents.of_output(step.at_end))
+        outside = cotangents.of_slopes(step)
+        linearised = stages(replay)
+        with torch.enable_grad():
+            _sweep_stages(replay, linearised, outside, cotangents, check)
+        if step.tableau.carried:
+            cotangents.pass_on(step, replay.carried_cotangents())
+        lam.add_(space.products.sum(0))
+        if step.interpolated:
+            lam.add_(cotangents.inside(step).sum(0))
+    return cotangents.gradients(lam.view(field.shape), field.param_grads)
+
+
+def _sweep_stages(
+    replay: StageReplay,
+    linearised: Callable[[int], Linearisation],
+    outside: Mapping[int, Tensor],
+    cotangents: Cotangents,
+    check: ReplayCheck,
+) -> None:
+    """Turn each row of the workspace from ``k_i`` into ``xi_i``, from the last stage to the first."""
+    step, work, wants_time = replay.step, replay.work, replay.field.wants_time
+    for i in reversed(range(replay.stages)):
+        linearisation = linearised(i)
+        if i == work.checked_at:
+            check.step(step.index, replay.next_state(), step.next_state.reshape(-1), step.size, work.slopes)
+            if wants_time:
+                cotangents.time_of_step(step, work.slopes, work.lam)
+        product, product_t = linearisation.pull_back(replay.cotangent(i, outside.get(i)))
+        if wants_time:
+            cotangents.time_of_stage(step, i, product, product_t, linearisation.y)
+        if product is None:
+            work.stage[i].zero_()
+        else:
+            work.stage[i].copy_(product)
+
+
+def _scaled(tableau: Tableau, size: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights times the step sizes, shape ``(n, weights)``, in the wider dtype of the two, then cast."""
+    wide = size.to(torch.promote_types(size.dtype, dtype.to_real()))
+    return (wide[:, None] * _weights(tableau, wide.dtype, wide.device)).to(dtype)
+
+
+@functools.cache
+def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For each stage a_ij (j before it); for each stage a_ji and b_i (j after it); the same for each carried slope; b."""
+    q = tableau.carried
+    before = [weight for row in tableau.a for weight in row]
+    after = [
+        [*(row[column] for row in tableau.a[max(column - q + 1, 0) :]), tableau.b[column]]
+        for column in range(q + tableau.stages)
+    ]
+    flat = [weight for column in [*after[q:], *after[:q]] for weight in column]
+    return torch.tensor([*before, *flat, *tableau.b], dtype=dtype, device=device)

@@ -1,0 +1,140 @@
+"""The papers' baseline: nothing but the initial state is kept, and the whole solve is done again with its graph.
+
+Exact. With ``N`` steps of ``s`` stages and ``L`` of memory for the graph of one field evaluation, memory is ``N s L``
+while backward runs and the initial state before; a step costs ``s`` evaluations. The same replay, differentiable
+itself, serves double backward in every mode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_symplectic.check import ReplayCheck
+from torchdiffeq_symplectic.cotangents import Gradients
+from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.trajectory import Keep, Step, Trajectory, carriers
+
+__all__ = ["Baseline", "backpropagate"]
+
+
+class Baseline:
+    """``adjoint_method="baseline"``."""
+
+    name = "baseline"
+    options: frozenset[str] = frozenset()
+
+    def keeps(self, options: Mapping[str, object]) -> Keep:
+        """What the recording must keep."""
+        return Keep.NORMS
+
+    def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
+        """Replay the whole solve with its graph, and backpropagate."""
+        with torch.enable_grad():
+            initial = trajectory.initial.detach().requires_grad_()
+            times = [times.detach() for times in (trajectory.start, trajectory.size, trajectory.theta)]
+            if field.wants_time:
+                times = [vector.requires_grad_() for vector in times]
+            return backpropagate(trajectory, field, outputs, check, initial, times, create_graph=False)
+
+
+def backpropagate(
+    trajectory: Trajectory,
+    field: Field,
+    outputs: Tensor,
+    check: ReplayCheck,
+    initial: Tensor,
+    times: Sequence[Tensor],
+    *,
+    create_graph: bool,
+) -> Gradients:
+    """Gradients through the replayed solve, as functions of ``initial``, ``times`` and the parameters.
+
+    Args:
+        trajectory, field, outputs, check: as for a mode.
+        initial: the initial state; times: starts, sizes and thetas. Gradients are taken with respect to these.
+        create_graph: whether the gradients are to be differentiable.
+    """
+    field.ignore((initial, *times))
+    solution = _Replay(trajectory, field, check, initial, times).solution(len(outputs))
+    wanted = [initial, *(times if field.wants_time else ()), *field.params]
+    products = torch.autograd.grad(solution, wanted, outputs, create_graph=create_graph, allow_unused=True)
+    found = [
+        torch.zeros_like(tensor) if product is None else product
+        for tensor, product in zip(wanted, products, strict=True)
+    ]
+    if field.wants_time:
+        return Gradients(found[0], found[4:], *found[1:4])
+    return Gradients(found[0], found[1:])
+
+
+class _Replay:
+    """The solve done again in the present gradient mode, by the recorded tableaus."""
+
+    def __init__(
+        self, trajectory: Trajectory, field: Field, check: ReplayCheck, initial: Tensor, times: Sequence[Tensor]
+    ) -> None:
+        self._trajectory, self._field, self._check = trajectory, field, check
+        self._initial = initial
+        self._start, self._size, theta = times
+        self._theta = theta.split([len(step.interpolated) for step in trajectory.forwards()])
+        self._slopes: list[list[Tensor]] = []
+        self._passed: dict[int, Tensor] = {}
+        self._states: list[Tensor] = []
+
+    def solution(self, length: int) -> Tensor:
+        """The solution at all output times, shape ``(length, *y0.shape)``."""
+        rows = [self._initial] * length
+        state = self._initial
+        for step in self._trajectory.forwards():
+            self._states.append(state)
+            state = self._advance(step, state)
+            if not self._trajectory.has_states:
+                self._check.norm(step.index, state.detach(), step.next_state)
+            if step.at_end is not None:
+                rows[step.at_end] = state
+        for step in self._trajectory.forwards():
+            for output, theta in zip(step.interpolated, self._theta[step.index].unbind(0), strict=True):
+                rows[output] = self._inside(step, theta)
+        return torch.stack([row.to(self._initial.dtype) for row in rows])
+
+    def _advance(self, step: Step, state: Tensor) -> Tensor:
+        tableau, size, start = step.tableau, self._size[step.index], self._start[step.index]
+        slopes = [self._passed[n] for n in carriers(step.index, tableau)]
+        for i, (row, node) in enumerate(zip(tableau.a, tableau.c, strict=True)):
+            moving = start + node * size
+            t = step.times[i] + (moving - moving.detach()).to(step.times[i].dtype)
+            y = self._combine(state, size, row, slopes)
+            slope = self._field(t, y, step.random[i] if step.random else None)
+            if slope.requires_grad and not (self._slopes or i):
+                self._field.params_in(slope, (t, y))
+            slopes.append(slope)
+        self._slopes.append(slopes)
+        if tableau.passes is not None:
+            self._passed[step.index] = slopes[tableau.carried + tableau.passes]
+        return self._combine(state, size, tableau.b, slopes)
+
+    def _inside(self, step: Step, theta: Tensor) -> Tensor:
+        slopes = self._slopes[step.index]
+        if step.tableau.closing is not None:
+            slopes = [*slopes, self._slopes[step.index + 1][0]]
+        powers = [theta**power for power in range(len(step.tableau.dense))]
+        weights = [
+            sum(
+                (weight * power for weight, power in zip(column, powers, strict=True) if weight),
+                torch.zeros_like(theta),
+            )
+            for column in zip(*step.tableau.dense, strict=True)
+        ]
+        return self._combine(self._states[step.index], self._size[step.index], weights, slopes)
+
+    def _combine(
+        self, state: Tensor, size: Tensor, weights: Sequence[float | Tensor], slopes: Sequence[Tensor]
+    ) -> Tensor:
+        total = state.to(self._field.dtype) if slopes else state
+        for weight, slope in zip(weights, slopes, strict=True):
+            if isinstance(weight, Tensor) or weight:
+                total = total + (size * weight).to(self._field.dtype) * slope
+        return total

@@ -1,0 +1,146 @@
+"""What a field depends on besides its arguments, as it was during the solve, restored while the solve is replayed.
+
+Random state, autocast, training flags and buffers can be restored, and are. What cannot (noise that the module draws
+anew, spectral norm's power iteration) shows in the check of the replay, see `torchdiffeq_symplectic.check`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["RandomState", "Surroundings", "hooks_silenced", "modules_of"]
+
+
+def modules_of(func: object) -> list[nn.Module]:
+    """The modules that ``func`` is known to evaluate: its own, those of a bound method's owner or of a partial's function."""
+    if isinstance(func, functools.partial):
+        return modules_of(func.func)
+    owner = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
+    return list(owner.modules()) if isinstance(owner, nn.Module) else []
+
+
+class RandomState:
+    """The generators that a field on ``device`` draws from: the CPU's, and the device's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._accelerator = None if device.type == "cpu" else getattr(torch, device.type, None)
+        self._device = device
+
+    def get(self) -> Tensor:
+        """The present state, shape ``(bytes,)``, uint8, on the CPU."""
+        state = torch.get_rng_state()
+        if self._accelerator is None:
+            return state
+        return torch.cat([self._accelerator.get_rng_state(self._device), state])
+
+    def set(self, state: Tensor) -> None:
+        """Go back to ``state``."""
+        if self._accelerator is not None:
+            split = len(state) - len(torch.get_rng_state())
+            self._accelerator.set_rng_state(state[:split].contiguous(), self._device)
+            state = state[split:]
+        torch.set_rng_state(state.cpu().contiguous())
+
+
+class Surroundings:
+    """Taken before a solve; `restored` brings them back for its replay.
+
+    Args:
+        func: the field, its modules found by `modules_of`.
+        device: where its state lives.
+
+    Attributes:
+        random: the generators that the field may draw from.
+        autocast_dtype: the dtype of the autocast region around the solve, or None.
+    """
+
+    def __init__(self, func: object, device: torch.device) -> None:
+        self.random = RandomState(device)
+        self._device = device
+        self._modules = modules_of(func)
+        self._training = [module.training for module in self._modules]
+        self._buffers = [_versions(module) for module in self._modules]
+        self._moving: list[nn.Module] = []
+        self.autocast_dtype = _autocast_state(device.type)
+
+    def solved(self) -> None:
+        """Called after the solve: note which modules have buffers that an evaluation moves."""
+        for module, versions, training in zip(self._modules, self._buffers, self._training, strict=True):
+            # Batch statistics are updated without a new version, so a norm in training counts as moving, too.
+            if _versions(module) != versions or (training and getattr(module, "running_mean", None) is not None):
+                self._moving.append(module)
+        self._buffers = []
+        if self.autocast_dtype is not None:
+            # Weights cast under no_grad must not stay in the cache of the caller's autocast region: their graph is lost.
+            torch.clear_autocast_cache()
+
+    def autocast(self) -> torch.autocast:
+        """The autocast region of the solve, without a cache: weights cast without a graph must not serve one with it."""
+        return torch.autocast(self._device.type, dtype=self.autocast_dtype, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def restored(self, random: bool) -> Iterator[None]:
+        """Training flags as in the solve; afterwards flags, buffers and (if ``random``) random state as before."""
+        now = [module.training for module in self._modules]
+        buffers = [
+            (module, {name: (buffer, buffer.detach().clone()) for name, buffer in _buffers(module)})
+            for module in self._moving
+        ]
+        state = self.random.get() if random else None
+        with contextlib.ExitStack() as stack:
+            if torch.is_autocast_enabled(self._device.type):
+                stack.enter_context(torch.autocast(self._device.type, enabled=False))
+            try:
+                _set_training(self._modules, self._training, now)
+                yield
+            finally:
+                _set_training(self._modules, now, self._training)
+                for module, values in buffers:
+                    for name, (buffer, value) in values.items():
+                        buffer.data.copy_(value)  # .data: no new version, a pending graph may have saved the buffer
+                        module._buffers[name] = buffer
+                if state is not None:
+                    self.random.set(state)
+
+
+@contextlib.contextmanager
+def hooks_silenced(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the hooks of ``tensors`` from firing on the products of single stages.
+
+    They fire once, on the whole gradient, when autograd passes it on. PyTorch holds the same dictionary that
+    ``Tensor._backward_hooks`` shows, so emptying it in place is enough (torch 2.2 to 2.14).
+    """
+    hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
+    held = [dict(hook) for hook in hooks]
+    for hook in hooks:
+        hook.clear()
+    try:
+        yield
+    finally:
+        for hook, entries in zip(hooks, held, strict=True):
+            hook.update(entries)
+
+
+def _set_training(modules: Sequence[nn.Module], wanted: Sequence[bool], now: Sequence[bool]) -> None:
+    if wanted != now:
+        for module, flag in zip(modules, wanted, strict=True):
+            module.training = flag
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
+
+
+def _versions(module: nn.Module) -> list[tuple[str, int, int]]:
+    if not module._buffers:
+        return []
+    return [(name, id(buffer), buffer._version) for name, buffer in _buffers(module) if not buffer.is_inference()]
+
+
+def _autocast_state(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

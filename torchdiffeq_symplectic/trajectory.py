@@ -1,0 +1,279 @@
+"""The accepted steps of one solve: what is kept of them, and the sequence that a mode walks.
+
+A host's adapter fills a `Recording` while its own solver runs. The tensors in it go through ``save_for_backward`` of the
+one autograd function; what stays on the recording are integers and tableaus. In backward a `Trajectory` joins the two
+again and hands out one `Step` after the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_symplectic.tableau import Tableau
+
+__all__ = ["Keep", "Recording", "Step", "Trajectory", "carriers", "stage_times"]
+
+
+class Keep(enum.Enum):
+    """What a mode needs of every accepted step."""
+
+    NORMS = "norms"
+    """Only the norm of each state: the replay computes the states anew, and is checked by their norms."""
+    STATES = "states"
+    """The state, and the slopes that later steps carry in."""
+    SLOPES = "slopes"
+    """The state and all slopes."""
+
+
+@dataclasses.dataclass
+class _Entry:
+    """One accepted step, its tensors replaced by their positions among the saved ones."""
+
+    tableau: Tableau
+    state: int | None
+    slopes: dict[int, int]
+    random: tuple[int, ...]
+    interpolated: tuple[int, int] = (0, 0)
+    at_end: int | None = None
+
+
+class Recording:
+    """Accepted steps in the order in which the host takes them.
+
+    Attributes:
+        keep: what of each step is kept.
+        saved: the tensors kept, all detached; emptied when they are handed to autograd.
+        at_start: indices of outputs that are the initial state itself.
+    """
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+        self.saved: list[Tensor] = []
+        self.at_start: list[int] = []
+        self.entries: list[_Entry] = []
+        self.final: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def save(self, tensor: Tensor) -> int:
+        """Keep ``tensor``, without its graph; returns its position."""
+        self.saved.append(tensor.detach())
+        return len(self.saved) - 1
+
+    def step(
+        self, tableau: Tableau, state: Tensor, slopes: Mapping[int, Tensor], random: Sequence[Tensor] = ()
+    ) -> None:
+        """Add an accepted step.
+
+        Args:
+            tableau: its coefficients.
+            state: ``y`` at its start.
+            slopes: slopes by own stage; those that the mode does not keep may be among them.
+            random: the random state before each own stage (and the closing slope), or empty.
+        """
+        if self.keep is Keep.NORMS:
+            slopes = {}
+        elif self.keep is Keep.STATES:
+            slopes = {stage: slope for stage, slope in slopes.items() if stage == tableau.passes}
+        self.entries.append(
+            _Entry(
+                tableau,
+                self._keep_state(state),
+                {stage: self.save(slope) for stage, slope in slopes.items()},
+                tuple(self.save(bits) for bits in random),
+            )
+        )
+
+    def interpolate(self, output: int, at_end: bool = False) -> None:
+        """Say that output number ``output`` lies inside the latest step, or is its new state itself."""
+        entry = self.entries[-1]
+        if at_end:
+            entry.at_end = output
+        else:
+            first = entry.interpolated[0] if entry.interpolated[1] else output
+            entry.interpolated = (first, output + 1)
+
+    def finish(self, state: Tensor) -> None:
+        """Add the last state, and settle which steps evaluate their closing slope themselves."""
+        self.final = self._keep_state(state)
+        for entry, following in zip(self.entries, [*self.entries[1:], None], strict=True):
+            used = entry.interpolated[1] > 0
+            if used and not (following is not None and following.tableau.continues(entry.tableau)):
+                entry.tableau = entry.tableau.closed
+
+    def _keep_state(self, state: Tensor) -> int | None:
+        if self.keep is not Keep.NORMS:
+            return self.save(state)
+        return self.save(torch.linalg.vector_norm(state.detach()))
+
+
+@dataclasses.dataclass(slots=True)
+class Step:
+    """One accepted step as a mode sees it.
+
+    Attributes:
+        index: its number, from 0.
+        tableau: its coefficients.
+        size: the step size, 0-d.
+        times: the time of each own stage, 0-d, in the state's real dtype, as the field saw it.
+        state, next_state: ``y`` at its start and end; their norms where states are not kept.
+        slopes: kept slopes by own stage.
+        carried: kept slopes that are carried in, latest first; empty where states are not kept.
+        random: the random state before each own stage (and the closing slope), or empty.
+        interpolated: the outputs inside the step, as a range.
+        theta: positions of those outputs inside the step, shape ``(len(interpolated),)``.
+        at_end: the output that is the step's new state itself, or None.
+    """
+
+    index: int
+    tableau: Tableau
+    size: Tensor
+    times: Sequence[Tensor]
+    state: Tensor
+    next_state: Tensor
+    slopes: dict[int, Tensor]
+    carried: list[Tensor]
+    random: Sequence[Tensor]
+    interpolated: range
+    theta: Tensor
+    at_end: int | None
+
+
+class Trajectory:
+    """A recording joined with its saved tensors and its times.
+
+    Args:
+        recording: what the host's adapter recorded.
+        saved: its tensors, as autograd gave them back.
+        initial: ``y`` at the start of the solve.
+        start, size, end: time and size of each step, shape ``(N,)``.
+        theta: positions of the interpolated outputs inside their steps, shape ``(M,)``, in the order of the outputs.
+
+    Attributes:
+        dtype: the dtype of the states (of the last, if the host promotes a state on its way).
+        groups: the tableaus of the solve, each with the numbers of the steps that have it.
+        at_start: the outputs that are the initial state itself.
+        has_states, has_slopes: what is kept of every step; without states only their norms are.
+        is_random: whether the field drew random numbers.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        saved: Sequence[Tensor],
+        initial: Tensor,
+        start: Tensor,
+        size: Tensor,
+        end: Tensor,
+        theta: Tensor,
+    ) -> None:
+        self.initial = initial
+        self.start, self.size, self.end, self.theta = start, size, end, theta
+        self._entries = recording.entries
+        self._saved = saved
+        self._final = recording.final
+        self.at_start = recording.at_start
+        self.has_states = recording.keep is not Keep.NORMS
+        self.has_slopes = recording.keep is Keep.SLOPES
+        self.is_random = any(entry.random for entry in recording.entries)
+        self.dtype = saved[self._final].dtype if self.has_states and self._final is not None else initial.dtype
+        self.groups: dict[Tableau, list[int]] = {}
+        for n, entry in enumerate(self._entries):
+            self.groups.setdefault(entry.tableau, []).append(n)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def forwards(self) -> Iterator[Step]:
+        """The steps in the order of the solve."""
+        return iter(self._steps)
+
+    def backwards(self) -> Iterator[Step]:
+        """The steps from the last to the first."""
+        return reversed(self._steps)
+
+    def before(self, step: Step) -> Step | None:
+        """The step before ``step``, or None."""
+        return self._steps[step.index - 1] if step.index else None
+
+    def each(self, rows: Callable[[Tableau, Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        """What ``rows(tableau, start, size, end)`` has for each step, computed for all steps of a tableau at once.
+
+        ``start``, ``size`` and ``end`` have shape ``(n,)``, the result shape ``(n, ...)``; no graph is built.
+        """
+        result: list[Tensor] = [self.start] * len(self)
+        times = [times.detach() for times in (self.start, self.size, self.end)]
+        for tableau, members in self.groups.items():
+            chosen: slice | Tensor = slice(members[0], members[-1] + 1)
+            if members[-1] - members[0] >= len(members):
+                chosen = torch.tensor(members, device=self.start.device)
+            for n, row in zip(members, rows(tableau, *[vector[chosen] for vector in times]).unbind(0), strict=True):
+                result[n] = row
+        return result
+
+    @functools.cached_property
+    def _steps(self) -> list[Step]:
+        real = self.initial.dtype.to_real()
+        times = self.each(lambda tableau, start, size, end: stage_times(tableau, start, size, end, real))
+        states = [self._state(n) for n in range(len(self) + 1)]
+        sizes = self.size.detach().unbind(0)
+        thetas = self.theta.split([entry.interpolated[1] - entry.interpolated[0] for entry in self._entries])
+        return [
+            Step(
+                index=n,
+                tableau=entry.tableau,
+                size=sizes[n],
+                times=times[n].unbind(0),
+                state=states[n],
+                next_state=states[n + 1],
+                slopes={stage: self._saved[position] for stage, position in entry.slopes.items()},
+                carried=[self._passed(m) for m in carriers(n, entry.tableau)] if self.has_states else [],
+                random=[self._saved[position] for position in entry.random],
+                interpolated=range(*entry.interpolated),
+                theta=thetas[n],
+                at_end=entry.at_end,
+            )
+            for n, entry in enumerate(self._entries)
+        ]
+
+    def _passed(self, n: int) -> Tensor:
+        entry = self._entries[n]
+        assert entry.tableau.passes is not None
+        return self._saved[entry.slopes[entry.tableau.passes]]
+
+    def _state(self, n: int) -> Tensor:
+        if n == 0 and self.has_states:
+            return self.initial
+        position = self._final if n == len(self) else self._entries[n].state
+        assert position is not None
+        return self._saved[position]
+
+
+def carriers(n: int, tableau: Tableau) -> range:
+    """The numbers of the steps whose passed slope step ``n`` carries in, latest first."""
+    return range(n - 1, n - 1 - tableau.carried, -1)
+
+
+def stage_times(tableau: Tableau, start: Tensor, size: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
+    """Times of the own stages of ``n`` steps that share a tableau, shape ``(n, s)``, in the state's real ``dtype``.
+
+    As the hosts do: computed in the dtype of the times, cast, then moved to the neighbouring float where asked.
+    """
+    nodes, sides = _clock(tableau, start.dtype, start.device)
+    times = torch.where(nodes == 1.0, end[:, None], start[:, None] + nodes * size[:, None]).to(dtype)
+    if any(tableau.sides):
+        times = torch.where(sides != 0, torch.nextafter(times, times + sides), times)
+    return times
+
+
+@functools.cache
+def _clock(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The tableau's nodes and sides as tensors, shape ``(s,)``."""
+    return torch.tensor(tableau.c, dtype=dtype, device=device), torch.tensor(tableau.sides, device=device)
