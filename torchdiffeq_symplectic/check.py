@@ -1,8 +1,8 @@
 """The check that a replay was the forward pass again.
 
-Recomputing a step gives the state after it. Comparing that with the recorded one costs no evaluation and finds what would
-otherwise be a silently wrong gradient. The deviations are collected on the device and looked at once, after the backward
-pass, so no step waits for the device.
+Recomputing a step gives the state after it. Comparing that with the recorded one costs no evaluation and finds what
+would otherwise be a silently wrong gradient. The deviations are collected on the device and looked at once, after the
+backward pass, so no step waits for the device.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ __all__ = ["REPLAY_CHECKS", "ReplayCheck", "ReplayError", "ReplayWarning"]
 
 REPLAY_CHECKS = ("error", "warn", "ignore")
 
-# Roundings that may lie between a state and its recomputation, in units of the dtype's precision; fewer where slopes are
-# coarser than the state (autocast), as their roundings are not amplified by cancellation in the state.
+# Roundings that may lie between a state and its recomputation, in units of the dtype's precision; fewer where slopes
+# are coarser than the state (autocast), as their roundings are not amplified by cancellation in the state.
 _ROUNDINGS = 256.0
 _COARSE_ROUNDINGS = 8.0
 
@@ -77,10 +77,11 @@ class ReplayCheck:
         message = (
             f"the replay of this solve differs from its forward pass: after step {self._indices[worst]} by "
             f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in "
-            f"{int(bad.sum())} of {len(self._sizes)} steps). The gradient would not be that of the forward pass. Something "
-            "that func depends on has changed since: noise drawn anew for a second solve, a module in training mode that "
-            "changes with each call (spectral norm), attributes or tensors replaced or overwritten. Keep it fixed until "
-            'after backward, or pass adjoint_options={"replay_check": "warn"} or "ignore" if this is intended.'
+            f"{int(bad.sum())} of {len(self._sizes)} steps). The gradient would not be that of the forward pass. "
+            "Something that func depends on has changed since: noise drawn anew for a second solve, a module in "
+            "training mode that changes with each call (spectral norm), attributes or tensors replaced or overwritten. "
+            'Keep it fixed until after backward, or pass adjoint_options={"replay_check": "warn"} or "ignore" if that '
+            "is intended."
         )
         if self._action == "error":
             raise ReplayError(message)

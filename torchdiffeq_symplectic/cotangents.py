@@ -113,7 +113,7 @@ class Cotangents:
             self._size[step.index] = self._size[step.index] + step.tableau.c[i] * product_t
 
     def gradients(self, lam: Tensor, params: Sequence[Tensor]) -> Gradients:
-        """The result, once every step is swept; ``lam`` is the cotangent of the state that the first step starts from."""
+        """The result, once every step is swept; ``lam`` is the cotangent of the first step's initial state."""
         trajectory = self._trajectory
         initial = lam.reshape(-1)
         for index in trajectory.at_start:

@@ -120,7 +120,7 @@ def _train(
                 )
             )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             training.append(loss.item())
             if step % max(1, steps // POINTS) == 0 or step == steps:

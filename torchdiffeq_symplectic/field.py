@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchdiffeq_symplectic.engine import vector_jacobian_product
 from torchdiffeq_symplectic.surroundings import Surroundings
 
 __all__ = ["Field", "Linearisation", "MissingGradientWarning"]
 
-# Up to this many parameters, autograd is asked for all of them at every stage; above, only for those in the stage's graph.
+# Up to this many parameters, autograd is asked for all of them at every stage; above, only for those in its graph.
 _ASK_FOR_ALL = 64
 
 
@@ -122,20 +123,17 @@ class Linearisation:
         chosen = field.params_in(slope, (self.y, self._t))
         params = field.params if chosen is None else [field.params[i] for i in chosen]
         leading = (self.y, self._t) if field.wants_time else (self.y,)
-        grads = torch.autograd.grad(slope, (*leading, *params), cotangent, retain_graph=True, allow_unused=True)
+        grads = vector_jacobian_product(slope, (*leading, *params), cotangent)
         product, product_t = grads[0], grads[1] if field.wants_time else None
         totals = field.param_grads if chosen is None else [field.param_grads[i] for i in chosen]
-        products = grads[len(leading) :]
-        if any(grad is None for grad in products):
-            used = [(total, grad) for total, grad in zip(totals, products, strict=True) if grad is not None]
-            totals, products = [total for total, _ in used], [grad for _, grad in used]
-        if products:
-            torch._foreach_add_(totals, products)
+        used = [(total, grad) for total, grad in zip(totals, grads[len(leading) :], strict=True) if grad is not None]
+        if used:
+            torch._foreach_add_(*zip(*used, strict=True))
         return product, product_t
 
 
 def reachable(root: Tensor, nodes: Mapping[torch.autograd.graph.Node, Sequence[int]]) -> tuple[set[int], list[Tensor]]:
-    """Walk the graph of ``root``: the numbers of the ``nodes`` met, and the leaves met besides, not looking past either."""
+    """Walk the graph of ``root``, not looking past ``nodes``: the numbers of those met, and the leaves met besides."""
     found: set[int] = set()
     leaves: list[Tensor] = []
     stack = [torch.autograd.graph.get_gradient_edge(root).node]
@@ -160,8 +158,8 @@ def report_missing(tensors: Sequence[Tensor]) -> None:
     if tensors:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         warnings.warn(
-            f"func uses {len(tensors)} tensor(s) that require a gradient but are not in adjoint_params (shapes: {shapes}), "
-            "so they get no gradient from this solve. List them in adjoint_params, or detach them.",
+            f"func uses {len(tensors)} tensor(s) that require a gradient but are not in adjoint_params (shapes: "
+            f"{shapes}), so they get no gradient from this solve. List them in adjoint_params, or detach them.",
             MissingGradientWarning,
             stacklevel=2,
         )

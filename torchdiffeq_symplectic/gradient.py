@@ -65,15 +65,17 @@ def attach(solve: Solve, solution: Tensor, initial: Tensor, times: Times, params
         times: of its steps and outputs.
         params: the tensors that the field depends on and that gradients are wanted for.
     """
-    result: Tensor = _Gradient.apply(
+    result: Tensor = _Gradient.apply(  # type: ignore[no-untyped-call]
         solve, [solution], initial, times.start, times.size, times.theta, times.end.detach(), *params
     )
     return result
 
 
 class _Gradient(torch.autograd.Function):
-    """Everything recorded goes through `save_for_backward`: backward frees it while the caller still holds the solution,
-    ``retain_graph`` keeps it, hooks on saved tensors can offload it, and what was overwritten since raises an error.
+    """Everything recorded goes through ``save_for_backward``.
+
+    So backward frees it while the caller still holds the solution, ``retain_graph`` keeps it, hooks on saved tensors
+    can offload it, and what was overwritten since raises an error.
     """
 
     @staticmethod
@@ -86,7 +88,8 @@ class _Gradient(torch.autograd.Function):
         return solution.pop()
 
     @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
+        (outputs,) = cotangents
         solve: Solve = ctx.solve
         saved = ctx.saved_tensors
         initial, start, size, theta, end, *params = saved[: ctx.inputs]
@@ -105,9 +108,9 @@ class _Gradient(torch.autograd.Function):
         with solve.surroundings.restored(trajectory.is_random), hooks_silenced((initial, start, size, theta, *params)):
             if torch.is_grad_enabled():
                 times = (start, size, theta)
-                gradients = backpropagate(trajectory, field, *outputs, check, initial, times, create_graph=True)
+                gradients = backpropagate(trajectory, field, outputs, check, initial, times, create_graph=True)
             else:
-                gradients = solve.mode.backward(trajectory, field, *outputs, check)
+                gradients = solve.mode.backward(trajectory, field, outputs, check)
         check.conclude()
         times_found = (gradients.start, gradients.size, gradients.theta)
         return (None, None, gradients.initial, *times_found, None, *gradients.params)

@@ -10,8 +10,8 @@ __all__ = ["register", "unregister"]
 def register() -> None:
     """Make ``adjoint_method="symplectic"`` and the other modes known to torchdiffeq.
 
-    Importing the package does it. Doing it again changes nothing. Code that imported ``odeint_adjoint`` from torchdiffeq
-    earlier gets the modes, too, but keeps upstream's check that ``options`` comes with ``adjoint_options``.
+    Importing the package does it. Doing it again changes nothing. Code that imported ``odeint_adjoint`` from
+    torchdiffeq earlier gets the modes, too, but keeps upstream's check that ``options`` comes with ``adjoint_options``.
     """
     torchdiffeq.register()
 

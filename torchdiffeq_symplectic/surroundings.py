@@ -17,7 +17,7 @@ __all__ = ["RandomState", "Surroundings", "hooks_silenced", "modules_of"]
 
 
 def modules_of(func: object) -> list[nn.Module]:
-    """The modules that ``func`` is known to evaluate: its own, those of a bound method's owner or of a partial's function."""
+    """The modules that ``func`` is known to evaluate: itself, a bound method's owner, those of a partial's function."""
     if isinstance(func, functools.partial):
         return modules_of(func.func)
     owner = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
@@ -76,11 +76,11 @@ class Surroundings:
                 self._moving.append(module)
         self._buffers = []
         if self.autocast_dtype is not None:
-            # Weights cast under no_grad must not stay in the cache of the caller's autocast region: their graph is lost.
+            # Weights cast under no_grad have lost their graph: they must not stay in the cache of the caller's region.
             torch.clear_autocast_cache()
 
     def autocast(self) -> torch.autocast:
-        """The autocast region of the solve, without a cache: weights cast without a graph must not serve one with it."""
+        """The autocast region of the solve, without its cache, for the same reason."""
         return torch.autocast(self._device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
     @contextlib.contextmanager

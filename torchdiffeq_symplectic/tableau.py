@@ -35,7 +35,7 @@ class UnknownFormError(Exception):
 class Tableau:
     """Coefficients of one explicit step with ``s`` own stages and ``q`` carried slopes.
 
-    Compared by identity: what is derived from a tableau is remembered for it.
+    Compared by identity: a tableau lives as long as its solver class, and what is derived from it is remembered.
 
     Attributes:
         a: ``s`` rows; row ``i`` has ``q + i`` weights, of the carried slopes and of the own ones before ``i``.
@@ -69,7 +69,7 @@ class Tableau:
         """Number of own stages, each one field evaluation."""
         return len(self.c)
 
-    @functools.cache  # noqa: B019: a tableau is kept as long as its solver class
+    @functools.cache  # noqa: B019
     def starting(self, side: int) -> Tableau:
         """The same step with its first own stage evaluated from ``side``."""
         return dataclasses.replace(self, sides=(side, *self.sides[1:]))
@@ -142,8 +142,8 @@ def measure(step: Step, carried: int = 0) -> Tableau:
         The tableau; ``passes`` is the own stage that ``Outcome.slope`` equals.
 
     Raises:
-        UnknownFormError: if the step is not linear in explicitly computed slopes with constant coefficients. That is checked
-            by a second run, on a nonlinear field at another time, size and state.
+        UnknownFormError: if the step is not linear in explicitly computed slopes with constant coefficients. That is
+            checked by a second run, on a nonlinear field at another time, size and state.
     """
     calls: list[int] = []
 

@@ -1,8 +1,8 @@
 """The accepted steps of one solve: what is kept of them, and the sequence that a mode walks.
 
-A host's adapter fills a `Recording` while its own solver runs. The tensors in it go through ``save_for_backward`` of the
-one autograd function; what stays on the recording are integers and tableaus. In backward a `Trajectory` joins the two
-again and hands out one `Step` after the other.
+A host's adapter fills a `Recording` while its own solver runs. The tensors in it go through ``save_for_backward`` of
+the one autograd function; what stays on the recording are integers and tableaus. In backward a `Trajectory` joins the
+two again and hands out one `Step` after the other.
 """
 
 from __future__ import annotations

@@ -19,18 +19,17 @@ __all__ = ["MODES", "Mode"]
 
 
 class Mode(Protocol):
-    """How the gradient of a recorded solve is computed.
-
-    Attributes:
-        name: what the user types.
-        options: the keys of ``adjoint_options`` that are the mode's own.
-    """
+    """How the gradient of a recorded solve is computed."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """What the user types."""
+        ...
 
     @property
-    def options(self) -> frozenset[str]: ...
+    def options(self) -> frozenset[str]:
+        """The keys of ``adjoint_options`` that are the mode's own."""
+        ...
 
     def keeps(self, options: Mapping[str, object]) -> Keep:
         """What the recording must keep of every step; ValueError names an option that is wrong."""

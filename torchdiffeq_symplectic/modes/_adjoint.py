@@ -33,14 +33,15 @@ from torchdiffeq_symplectic.trajectory import Step, Trajectory
 __all__ = ["StageReplay", "Stages", "sweep"]
 
 Stages = Callable[["StageReplay"], Callable[[int], Linearisation]]
-"""Given a step, prepare its stages; the result linearises the own stage asked for. Stages are asked for from the last."""
+"""Given a step, prepare its stages; the result linearises an own stage. Stages are asked for from the last."""
 
 
 class _Workspace:
-    """One buffer for a step: rows of carried slopes, own stages, and lambda last; a stage's row holds first k_i, then xi_i.
+    """One buffer for a step: rows of carried slopes, own stages, and lambda last.
 
-    Where slopes were kept, those evaluated anew go to the rows of ``fresh``, else to the same rows. The views that the
-    stages use are made once a tableau layout, and their coefficients once a solve.
+    A stage's row holds first ``k_i``, then ``xi_i``. Where slopes were kept, those evaluated anew go to the rows of
+    ``fresh``, else to the same rows. The views that the stages use are made once a tableau layout, and their coefficients
+    once a solve.
     """
 
     def __init__(self, rows: Tensor, fresh: Tensor, carried: int, stages: int, shape: torch.Size) -> None:
@@ -74,6 +75,7 @@ class StageReplay:
         self._before = parts[: self.stages]
         self._after = parts[self.stages : 2 * self.stages]
         self._carried, self._new = parts[-2:]
+        self._evaluated: set[int] = set()
         self._flat = step.state.reshape(-1)
         if self._flat.dtype != field.dtype:
             self._flat = self._flat.to(field.dtype)
@@ -81,8 +83,8 @@ class StageReplay:
             row.copy_(slope.reshape(-1))
         if work.fresh_carried is not work.carried and len(work.carried):
             work.fresh_carried.copy_(work.carried)
-        for i, slope in step.slopes.items():
-            work.stage[i].copy_(slope)
+        if step.slopes:
+            torch._foreach_copy_([work.stage[i] for i in step.slopes], list(step.slopes.values()))
 
     def state(self, i: int) -> Tensor:
         """``Y_i = y + h * sum_j a_ij k_j``."""
@@ -95,12 +97,14 @@ class StageReplay:
 
     def evaluate(self, i: int) -> None:
         """Put ``k_i`` into the workspace; to be called where gradients are not enabled."""
+        self._evaluated.add(i)
         self.work.stage[i].copy_(self.field(self.step.times[i].detach(), self.state(i).detach(), self._random(i)))
 
     def linearise(self, i: int) -> Linearisation:
-        """Evaluate ``k_i`` with its graph; its value goes into the workspace."""
+        """Evaluate ``k_i`` with its graph; its value goes into the workspace if it is not there yet."""
         linearisation = self.field.linearise(self.step.times[i], self.state(i), self._random(i))
-        self.work.fresh_stage[i].copy_(linearisation.slope.detach())
+        if i not in self._evaluated:
+            self.work.fresh_stage[i].copy_(linearisation.slope.detach())
         return linearisation
 
     def next_state(self) -> Tensor:
@@ -117,7 +121,7 @@ class StageReplay:
 
     def carried_cotangents(self) -> Tensor:
         """``l_c`` for each carried slope, shape ``(q, n)``."""
-        return self._carried.view(-1, self.stages + 1) @ self.work.after_carried
+        return torch.mm(self._carried.view(-1, self.stages + 1), self.work.after_carried)
 
 
 def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck, stages: Stages) -> Gradients:
@@ -190,7 +194,7 @@ def _scaled(tableau: Tableau, size: Tensor, dtype: torch.dtype) -> Tensor:
 
 @functools.cache
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """For each stage a_ij (j before it); for each stage a_ji and b_i (j after it); the same for each carried slope; b."""
+    """Each stage's a_ij, j before it; each stage's a_ji and b_i, j after it; the same for carried slopes; all of b."""
     q = tableau.carried
     before = [weight for row in tableau.a for weight in row]
     after = [

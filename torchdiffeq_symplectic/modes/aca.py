@@ -1,8 +1,8 @@
 """The adaptive checkpoint adjoint: one step's graphs at a time.
 
 Exact: each accepted step is evaluated again from its checkpoint with the graphs of all its stages, and then
-differentiated. With ``N`` steps of ``s`` stages, ``M`` entries of a state and ``L`` of memory for the graph of one field
-evaluation, memory is ``N M + s M + s L``; a step costs ``s`` evaluations.
+differentiated. With ``N`` steps of ``s`` stages, ``M`` entries of a state and ``L`` of memory for the graph of one
+field evaluation, memory is ``N M + s M + s L``; a step costs ``s`` evaluations.
 
 J. Zhuang, N. Dvornek, X. Li, S. Tatikonda, X. Papademetris, J. Duncan, Adaptive Checkpoint Adjoint Method for Gradient
 Estimation in Neural ODE, ICML 2020, https://arxiv.org/abs/2006.02493.

@@ -53,8 +53,12 @@ def backpropagate(
     """Gradients through the replayed solve, as functions of ``initial``, ``times`` and the parameters.
 
     Args:
-        trajectory, field, outputs, check: as for a mode.
-        initial: the initial state; times: starts, sizes and thetas. Gradients are taken with respect to these.
+        trajectory: as for a mode, as are the next three.
+        field: evaluates the field.
+        outputs: the cotangent of the solution.
+        check: is told how well the states were reproduced.
+        initial: the initial state.
+        times: starts, sizes and thetas.
         create_graph: whether the gradients are to be differentiable.
     """
     field.ignore((initial, *times))

@@ -1,9 +1,9 @@
 """The symplectic adjoint method: one stage's graph at a time.
 
 Exact: the gradient of the discrete solve, its step sizes held constant. With ``N`` steps of ``s`` stages, ``M`` entries
-of a state and ``L`` of memory for the graph of one field evaluation, memory is ``N M + s M + L``; a step costs ``s - 1``
-evaluations to recompute its slopes and ``s`` with their graphs. With ``checkpoint="stages"`` the slopes are kept:
-memory ``N (s + 1) M + 2 s M + L``, and ``s`` evaluations a step.
+of a state and ``L`` of memory for the graph of one field evaluation, memory is ``N M + s M + L``; a step costs
+``s - 1`` evaluations to recompute its slopes and ``s`` with their graphs. With ``checkpoint="stages"`` the slopes are
+kept: memory ``N (s + 1) M + 2 s M + L``, and ``s`` evaluations a step.
 
 T. Matsubara, Y. Miyatake, T. Yaguchi, Symplectic Adjoint Method for Exact Gradient of Neural ODE with Minimal Memory,
 NeurIPS 2021, https://arxiv.org/abs/2102.09750.

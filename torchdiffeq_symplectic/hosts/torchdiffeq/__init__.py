@@ -39,24 +39,30 @@ def odeint_adjoint(
     adjoint_options: dict[str, Any] | None = None,
     adjoint_params: Any = None,
 ) -> Any:
-    """torchdiffeq's ``odeint_adjoint``, with the gradient modes of this package among the values of ``adjoint_method``.
+    """``odeint_adjoint`` of torchdiffeq, with this package's gradient modes among the values of ``adjoint_method``.
 
     Gradients are those of the discrete solve, exact to rounding, its accepted step sizes held constant, with respect to
-    ``y0``, ``adjoint_params`` and ``t`` (and ``step_t``, ``jump_t`` and what a grid constructor computes the grid from).
+    ``y0``, ``adjoint_params`` and ``t`` (and ``step_t``, ``jump_t`` and what a grid constructor makes the grid from).
 
     Args:
         func: the field, ``func(t, y) -> dy/dt``; ``t`` 0-d, ``y`` like ``y0``.
         y0: initial state, a tensor of any shape or a tuple of tensors.
         t: output times, shape ``(T,)``, strictly increasing or decreasing; the first belongs to ``y0``.
-        rtol, atol, method, options, event_fn: as for ``torchdiffeq.odeint``.
-        adjoint_rtol, adjoint_atol: accepted; without effect in the modes of this package, whose backward has no tolerance.
+        rtol: as for ``torchdiffeq.odeint``, as are the next four.
+        atol: absolute tolerance.
+        method: name of the solver, "dopri5" if not given.
+        options: of the solver.
+        event_fn: ``event_fn(t, y)``; the solve ends where it is zero.
+        adjoint_rtol: accepted; no effect in the modes of this package, whose backward has no tolerance.
+        adjoint_atol: the same.
         adjoint_method: "symplectic", "aca", "baseline", or one of torchdiffeq's methods, which are passed on to it.
         adjoint_options: for this package's modes ``"replay_check"`` ("error", "warn" or "ignore"), and for "symplectic"
             ``"checkpoint"`` ("steps" or "stages"). Options of upstream's adjoint, its norm too, have no effect.
-        adjoint_params: tensors to differentiate with respect to; the parameters of ``func`` if not given. ``()`` for none.
+        adjoint_params: tensors to differentiate with respect to; the parameters of ``func`` if not given, ``()`` for
+            none.
 
     Returns:
-        The solution, shape ``(T, *y0.shape)``, or a tuple of such; with ``event_fn`` the pair of event time and solution.
+        The solution, shape ``(T, *y0.shape)``, or a tuple of such; with ``event_fn`` the event's time and the solution.
 
     Raises:
         ValueError: for an unknown method, or ``func`` without ``adjoint_params`` that is no module.
@@ -65,7 +71,6 @@ def odeint_adjoint(
         ReplayError: in backward, if recomputing a step does not give what the forward pass gave.
     """
     if adjoint_method not in MODES:
-        # Upstream's own check for modes that are not ours; it never sees those that are.
         return _upstream_odeint_adjoint(
             func,
             y0,
@@ -83,9 +88,9 @@ def odeint_adjoint(
         )
     if adjoint_params is None and not isinstance(func, nn.Module):
         raise ValueError(
-            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be specified "
-            "explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable to set "
-            "`adjoint_params=()`."
+            "func must be an instance of nn.Module to specify the adjoint parameters; alternatively they can be "
+            "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
+            "to set `adjoint_params=()`."
         )
     if isinstance(adjoint_params, Tensor):
         raise TypeError(
@@ -98,11 +103,10 @@ def odeint_adjoint(
         func, y0, t, rtol, atol, method, options, event_fn, SOLVERS
     )
     call = Call(func, y0, t, rtol, atol, method or "dopri5", options or {}, event_fn, params, adjoint_options or {})
-    answer = solve(MODES[adjoint_method], call)
-    event_t, solution = answer if event_fn is not None else (None, answer)
+    event_t, solution = solve(MODES[adjoint_method], call)
     if shapes is not None:
         solution = _flat_to_shape(solution, (len(t),), shapes)
-    if event_fn is None:
+    if event_t is None:
         return solution
     event_t = event_t.to(t)
     return -event_t if decreasing else event_t, solution
@@ -131,7 +135,8 @@ class _Dispatch:
     ) -> Any:
         if adjoint_method in MODES:
             call = Call(func, y0, t, rtol, atol, method, options, event_fn, adjoint_params, adjoint_options)
-            return solve(MODES[adjoint_method], call)
+            event_t, solution = solve(MODES[adjoint_method], call)
+            return solution if event_t is None else (event_t, solution)
         needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y0, t, *adjoint_params))
         if needed and adjoint_method is not None and adjoint_method not in SOLVERS:
             known = '", "'.join([*SOLVERS, *MODES])
@@ -166,7 +171,8 @@ def unregister() -> None:
 
 
 def _replace(function: Any, new_function: Any, method: Any, new_method: Any) -> None:
-    for module in (host, sys.modules["torchdiffeq._impl"], adjoint):
+    modules: tuple[Any, ...] = (host, sys.modules["torchdiffeq._impl"], adjoint)
+    for module in modules:
         if module.odeint_adjoint is function:
             module.odeint_adjoint = new_function
     if adjoint.OdeintAdjointMethod is method:

@@ -84,7 +84,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         self._measured = measured
         self._listener = listener
         self.func = listener
-        self._accepted: tuple[Tensor, Tensor] | None = None
+        self._accepted: list[tuple[Tensor, Tensor]] = []
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._ends: list[Tensor] = []
@@ -100,27 +100,26 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
     def _interp_fit(self, y0: Tensor, y1: Tensor, k: Tensor, dt: Tensor) -> Any:
         # Called for accepted steps alone, with the size that the step really had and with all of its slopes.
-        self._accepted = (k, dt)
+        self._accepted.append((k, dt))
         return super()._interp_fit(y0, y1, k, dt)
 
     def _adaptive_step(self, rk_state: Any) -> Any:
-        if self._listener.idle:
-            self.func = self._listener.func
         draws = self._listener.draws
         draws.clear()
-        self._accepted = None
+        self._accepted.clear()
         new_state = super()._adaptive_step(rk_state)
-        if self._accepted is not None:
-            self._record(rk_state, new_state, *self._accepted)
+        for k, size in self._accepted:
+            self._record(rk_state, new_state, k, size)
             if draws:
                 self._first_draw = draws[-1]
         return new_state
 
     def _record(self, old: Any, new: Any, k: Tensor, size: Tensor) -> None:
         recording, tableau = self._recording, self._tableau
-        slopes = {}
+        slopes: dict[int, Tensor] = {}
         if recording.keep is Keep.SLOPES:
-            slopes = {i: k[..., tableau.carried + i] for i in range(tableau.stages)}
+            shown = k.unbind(-1)
+            slopes = {i: shown[tableau.carried + i] for i in range(tableau.stages)}
         elif recording.keep is Keep.STATES and tableau.passes is not None:
             # A copy: a view would keep all slopes of the step.
             slopes = {tableau.passes: k[..., tableau.carried + tableau.passes].clone()}
@@ -165,8 +164,10 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         steps up to the next such, and the sizes of the steps that end there. Accepted sizes are constants.
 
         Args:
-            t: times of the call, shape ``(T,)``; outputs: those of the interpolated outputs, shape ``(M,)``.
-            step_t, jump_t: the options as given, after torchdiffeq's own normalisation.
+            t: times of the call, shape ``(T,)``.
+            outputs: the times of the interpolated outputs, shape ``(M,)``.
+            step_t: the option as given, after torchdiffeq's own normalisation.
+            jump_t: the same.
         """
         real = self.y0.dtype.to_real()
         t = t.to(self.dtype)
@@ -185,18 +186,19 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         return Times(start.to(real), size.to(real), end.to(real), theta)
 
     def _anchors(self, t: Tensor, step_t: Tensor | None, jump_t: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Times that steps are anchored to, as zeros that carry their gradient; and for each step boundary its anchor."""
+        """Times that steps are anchored to, as zeros that carry their gradient; and each step boundary's anchor."""
         anchors = [t[0]]
         origin = [0]
-        options = [(given, used) for given, used in ((step_t, self.step_t), (jump_t, self.jump_t)) if given is not None]
+        options = [
+            (_sort_tvals(given.to(self.dtype), t[0].detach()), used)
+            for given, used in ((step_t, self.step_t), (jump_t, self.jump_t))
+            if given is not None and len(used)
+        ]
         for end in self._ends:
+            # A step that was cut ends at a view of the option's sorted values.
             for given, used in options:
-                if end.untyped_storage().data_ptr() == used.untyped_storage().data_ptr() and len(used):
-                    ordered = _sort_tvals(given.to(self.dtype), t[0].detach())
-                    anchors.append(ordered[end.storage_offset() - used.storage_offset()])
-                    origin.append(len(anchors) - 1)
-                    break
-            else:
-                origin.append(origin[-1])
+                if end.untyped_storage().data_ptr() == used.untyped_storage().data_ptr():
+                    anchors.append(given[end.storage_offset() - used.storage_offset()])
+            origin.append(len(anchors) - 1)
         stacked = torch.stack(anchors)
         return stacked - stacked.detach(), torch.tensor(origin, device=t.device)

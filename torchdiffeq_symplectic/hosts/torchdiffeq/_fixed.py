@@ -37,8 +37,10 @@ def measure_fixed(solver: type, options: Mapping[str, Any]) -> Tableau:
 
 
 def measure_adams(solver: type, options: Mapping[str, Any]) -> Callable[[int, int], Tableau]:
-    """How the steps of an Adams solver are measured: ``(carried, iterations)``, the number of earlier slopes that a step
-    uses, and how often it iterates its corrector, to the tableau. UnknownFormError if that cannot be read off.
+    """A function from ``(carried, iterations)`` to the tableau of a step of an Adams solver.
+
+    These are the number of earlier slopes that the step uses, and how often it iterates its corrector. The function
+    raises UnknownFormError if the tableau cannot be read off.
     """
     interp, perturb = options.get("interp", "linear"), options.get("perturb", False)
 
@@ -69,7 +71,7 @@ def _probe(solver: type, options: Mapping[str, Any]) -> Step:
 
 
 def _probe_adams(solver: type, options: Mapping[str, Any], iterations: int) -> Step:
-    class Iterating(solver):  # type: ignore[misc, valid-type]
+    class Iterating(solver):  # type: ignore[misc]
         done = 0
 
         def _has_converged(self, y0: Tensor, y1: Tensor) -> bool:
@@ -99,11 +101,11 @@ def _interpolating(tableau: Tableau, solver: type, options: Mapping[str, Any]) -
     instance = _instance(solver, options, y0)
     t0, t1 = scalar(0.0), scalar(1.0)
     if options.get("interp", "linear") != "cubic":
-        nodes = scalar(0.0), scalar(1.0)
+        nodes = [scalar(0.0), scalar(1.0)]
         samples = [instance._linear_interp(t0, t1, y0, y1, node) for node in nodes]
     else:
         f0 = units[tableau.carried + (tableau.passes or 0)]
-        nodes = scalar(0.0), scalar(1.0), scalar(2.0), scalar(-1.0)
+        nodes = [scalar(0.0), scalar(1.0), scalar(2.0), scalar(-1.0)]
         samples = [instance._cubic_hermite_interp(t0, y0, f0, t1, y1, units[-1], node) for node in nodes]
         columns += 1
         tableau = dataclasses.replace(tableau, closing=0)
@@ -116,6 +118,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
     """Mixed in before a solver class: the same solver, which also writes down its steps."""
 
     _grid: Tensor | None = None
+    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor]
 
     def start_recording(self, recording: Recording, measured: Any, listener: Listener) -> None:
         """Record the solve that follows; ``measured`` is the tableau of every step."""
@@ -164,8 +167,6 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
             self._starts.append(t0)
             self._sizes.append(torch.as_tensor(dt, dtype=t0.dtype, device=t0.device))
             self._ends.append(t1)
-        if listener.idle:
-            self.func = listener.func
         return change, slope
 
     def _linear_interp(self, t0: Tensor, t1: Tensor, y0: Tensor, y1: Tensor, t: Tensor) -> Tensor:
@@ -211,8 +212,10 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         In a search for an event the grid is ``t[0]`` plus constants.
 
         Args:
-            t: times of the call, shape ``(T,)``; outputs: those of the interpolated outputs, shape ``(M,)``.
-            step_t, jump_t: not used by these solvers.
+            t: times of the call, shape ``(T,)``.
+            outputs: the times of the interpolated outputs, shape ``(M,)``.
+            step_t: not used by these solvers.
+            jump_t: not used by these solvers.
         """
         if self._grid is not None:
             start, end = self._grid[:-1], self._grid[1:]

@@ -74,8 +74,8 @@ class Call:
         return value if isinstance(value, Tensor) else None
 
 
-def solve(mode: Mode, call: Call) -> Any:
-    """The solution, or ``(event_t, solution)``, with the gradient of ``mode``.
+def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
+    """The time of the event, or None where there is none to find, and the solution with the gradient of ``mode``.
 
     Raises:
         NotImplementedError: before the solve starts, if the method's steps are not of a form that can be replayed.
@@ -83,10 +83,10 @@ def solve(mode: Mode, call: Call) -> Any:
     """
     check = _checked_options(mode, call.adjoint_options)
     keep = mode.keeps(call.adjoint_options)
-    sources = [call.y0, call.t, *call.params, *filter(None.__ne__, map(call.option, ("step_t", "jump_t", "step_size")))]
+    sources = [call.y0, call.t, *call.params, *map(call.option, ("step_t", "jump_t", "step_size"))]
     if not torch.is_grad_enabled():
         return _plain(call)
-    if not any(tensor.requires_grad for tensor in sources):
+    if not any(tensor is not None and tensor.requires_grad for tensor in sources):
         _report_captured(call)
         return _plain(call)
     solver, measured = _recording_solver(mode, call)
@@ -109,23 +109,19 @@ def solve(mode: Mode, call: Call) -> Any:
     attached = attach(
         Solve(mode, recording, call.func.base_func, surroundings, check, ignore), solution, call.y0, times, call.params
     )
-    return attached if event_t is None else (event_t, attached)
+    return event_t, attached
 
 
 def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor | None, Tensor]:
-    """torchdiffeq's own solve."""
-    if event_fn is None:
-        return None, solver.integrate(t)
-    event_t, solution = solver.integrate_until_event(t[0], event_fn)
-    return event_t, solution
+    """The solve as torchdiffeq does it."""
+    return (None, solver.integrate(t)) if event_fn is None else solver.integrate_until_event(t[0], event_fn)
 
 
-def _plain(call: Call) -> Any:
+def _plain(call: Call) -> tuple[Tensor | None, Tensor]:
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
         solver = SOLVERS[call.method](func=call.func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
-        event_t, solution = _run(solver, call.t, call.event_fn)
-    return solution if event_t is None else (event_t, solution)
+        return _run(solver, call.t, call.event_fn)
 
 
 def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
