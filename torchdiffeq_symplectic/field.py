@@ -53,8 +53,7 @@ class Field:
         self.wants_time = wants_time
         self.dtype, self.shape = dtype, shape
         self.param_grads = [torch.zeros_like(param) for param in params]
-        self._ignore: set[int] = set()
-        self.ignore(ignore)
+        self._ignore = {id(tensor) for tensor in ignore}
         self._checked = False
         self._nodes: dict[torch.autograd.graph.Node, list[int]] = {}
 
@@ -70,10 +69,6 @@ class Field:
         if slope.dtype != self.dtype:
             slope = slope.to(self.dtype)
         return slope if slope.shape == self.shape else slope.expand(self.shape)
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Add tensors whose missing gradient is not to be reported."""
-        self._ignore.update(id(tensor) for tensor in tensors)
 
     def linearise(self, t: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
         """Evaluate the field with its graph at fresh leaves; to be called where gradients are enabled."""
@@ -93,14 +88,29 @@ class Field:
         if self._checked and few:
             return None
         if not self._nodes:
-            for i, param in enumerate(self.params):
-                self._nodes.setdefault(torch.autograd.graph.get_gradient_edge(param).node, []).append(i)
-        found, others = reachable(slope, self._nodes)
+            self._nodes = self._locate_params()
+        edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in (slope, *known) if tensor.requires_grad]
+        found, others = reachable([edges[0].node], {**self._nodes, **{edge.node: () for edge in edges[1:]}})
         if not self._checked:
             self._checked = True
-            self.ignore(known)
             report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
         return None if few else sorted(found)
+
+    def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:
+        """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""
+        nodes: dict[torch.autograd.graph.Node, list[int]] = {}
+        for i, param in enumerate(self.params):
+            nodes.setdefault(torch.autograd.graph.get_gradient_edge(param).node, []).append(i)
+        for param in self.params:
+            if param.grad_fn is not None:
+                behind, _ = reachable([following for following, _ in param.grad_fn.next_functions], nodes)
+                if behind:
+                    raise ValueError(
+                        f"adjoint_params lists a tensor of shape {tuple(param.shape)} and also one of shape "
+                        f"{tuple(self.params[min(behind)].shape)} that it is computed from, whose gradient would be "
+                        "counted twice. List one of the two."
+                    )
+        return nodes
 
 
 class Linearisation:
@@ -132,11 +142,17 @@ class Linearisation:
         return product, product_t
 
 
-def reachable(root: Tensor, nodes: Mapping[torch.autograd.graph.Node, Sequence[int]]) -> tuple[set[int], list[Tensor]]:
-    """Walk the graph of ``root``, not looking past ``nodes``: the numbers of those met, and the leaves met besides."""
+def reachable(
+    roots: Iterable[torch.autograd.graph.Node | None], nodes: Mapping[torch.autograd.graph.Node, Sequence[int]]
+) -> tuple[set[int], list[Tensor]]:
+    """Walk autograd's graph from ``roots``, not looking past ``nodes``.
+
+    Returns:
+        The numbers of the nodes met, and the leaves met besides.
+    """
     found: set[int] = set()
     leaves: list[Tensor] = []
-    stack = [torch.autograd.graph.get_gradient_edge(root).node]
+    stack = [root for root in roots if root is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()

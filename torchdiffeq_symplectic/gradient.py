@@ -107,8 +107,7 @@ class _Gradient(torch.autograd.Function):
         check = ReplayCheck(solve.replay_check, trajectory.dtype, solve.surroundings.autocast_dtype)
         with solve.surroundings.restored(trajectory.is_random), hooks_silenced((initial, start, size, theta, *params)):
             if torch.is_grad_enabled():
-                times = (start, size, theta)
-                gradients = backpropagate(trajectory, field, outputs, check, initial, times, create_graph=True)
+                gradients = backpropagate(trajectory, field, outputs, check, create_graph=True)
             else:
                 gradients = solve.mode.backward(trajectory, field, outputs, check)
         check.conclude()

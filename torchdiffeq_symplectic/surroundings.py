@@ -113,8 +113,11 @@ def hooks_silenced(tensors: Sequence[Tensor]) -> Iterator[None]:
     """Keep the hooks of ``tensors`` from firing on the products of single stages.
 
     They fire once, on the whole gradient, when autograd passes it on. PyTorch holds the same dictionary that
-    ``Tensor._backward_hooks`` shows, so emptying it in place is enough (torch 2.2 to 2.14).
+    ``Tensor._backward_hooks`` shows, so emptying it in place is enough. What ``retain_grad`` adds up is put back.
     """
+    retained = [(tensor, tensor.grad) for tensor in tensors if tensor.retains_grad]
+    for tensor, _ in retained:
+        tensor.grad = None
     hooks = [tensor._backward_hooks for tensor in tensors if tensor._backward_hooks]
     held = [dict(hook) for hook in hooks]
     for hook in hooks:
@@ -124,6 +127,8 @@ def hooks_silenced(tensors: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for hook, entries in zip(hooks, held, strict=True):
             hook.update(entries)
+        for tensor, grad in retained:
+            tensor.grad = grad
 
 
 def _set_training(modules: Sequence[nn.Module], wanted: Sequence[bool], now: Sequence[bool]) -> None:

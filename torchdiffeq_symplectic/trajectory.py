@@ -85,7 +85,7 @@ class Recording:
         self.entries.append(
             _Entry(
                 tableau,
-                self._keep_state(state),
+                self._keep_state(state) if self.entries else None,
                 {stage: self.save(slope) for stage, slope in slopes.items()},
                 tuple(self.save(bits) for bits in random),
             )
@@ -123,7 +123,7 @@ class Step:
         tableau: its coefficients.
         size: the step size, 0-d.
         times: the time of each own stage, 0-d, in the state's real dtype, as the field saw it.
-        state, next_state: ``y`` at its start and end; their norms where states are not kept.
+        state, next_state: ``y`` at its start and end; their norms where states are not kept, but for the first.
         slopes: kept slopes by own stage.
         carried: kept slopes that are carried in, latest first; empty where states are not kept.
         random: the random state before each own stage (and the closing slope), or empty.
@@ -249,7 +249,7 @@ class Trajectory:
         return self._saved[entry.slopes[entry.tableau.passes]]
 
     def _state(self, n: int) -> Tensor:
-        if n == 0 and self.has_states:
+        if n == 0:
             return self.initial
         position = self._final if n == len(self) else self._entries[n].state
         assert position is not None

@@ -40,7 +40,7 @@ class _Workspace:
     """One buffer for a step: rows of carried slopes, own stages, and lambda last.
 
     A stage's row holds first ``k_i``, then ``xi_i``. Where slopes were kept, those evaluated anew go to the rows of
-    ``fresh``, else to the same rows. The views that the stages use are made once a tableau layout, and their coefficients
+    ``fresh``, else to the same rows. The views that the stages use are made once a tableau layout, their coefficients
     once a solve.
     """
 

@@ -8,6 +8,7 @@ itself, serves double backward in every mode.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,46 +33,65 @@ class Baseline:
 
     def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
         """Replay the whole solve with its graph, and backpropagate."""
-        with torch.enable_grad():
-            initial = trajectory.initial.detach().requires_grad_()
-            times = [times.detach() for times in (trajectory.start, trajectory.size, trajectory.theta)]
-            if field.wants_time:
-                times = [vector.requires_grad_() for vector in times]
-            return backpropagate(trajectory, field, outputs, check, initial, times, create_graph=False)
+        return backpropagate(trajectory, field, outputs, check, create_graph=False)
 
 
 def backpropagate(
-    trajectory: Trajectory,
-    field: Field,
-    outputs: Tensor,
-    check: ReplayCheck,
-    initial: Tensor,
-    times: Sequence[Tensor],
-    *,
-    create_graph: bool,
+    trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck, *, create_graph: bool
 ) -> Gradients:
-    """Gradients through the replayed solve, as functions of ``initial``, ``times`` and the parameters.
+    """Gradients through the replayed solve, differentiable themselves with ``create_graph``.
 
     Args:
         trajectory: as for a mode, as are the next three.
         field: evaluates the field.
         outputs: the cotangent of the solution.
         check: is told how well the states were reproduced.
-        initial: the initial state.
-        times: starts, sizes and thetas.
-        create_graph: whether the gradients are to be differentiable.
+        create_graph: whether the gradients are to be functions of initial state, times and parameters.
     """
-    field.ignore((initial, *times))
-    solution = _Replay(trajectory, field, check, initial, times).solution(len(outputs))
-    wanted = [initial, *(times if field.wants_time else ()), *field.params]
-    products = torch.autograd.grad(solution, wanted, outputs, create_graph=create_graph, allow_unused=True)
+    sources = (trajectory.initial, trajectory.start, trajectory.size, trajectory.theta)
+    gate = _Gate()
+    with torch.enable_grad():
+        if create_graph:
+            initial, *times = (_Gated.apply(source, gate) for source in sources)  # type: ignore[no-untyped-call]
+        else:
+            initial, *times = (source.detach() for source in sources)
+            initial.requires_grad_()
+            for vector in times:
+                vector.requires_grad_(field.wants_time)
+        solution = _Replay(trajectory, field, check, initial, times).solution(len(outputs))
+        leading = [tensor for tensor in (initial, *times) if tensor.requires_grad]
+        wanted = [*leading, *field.params]
+        gate.closed = True
+        products = torch.autograd.grad(solution, wanted, outputs, create_graph=create_graph, allow_unused=True)
+        gate.closed = False
     found = [
         torch.zeros_like(tensor) if product is None else product
         for tensor, product in zip(wanted, products, strict=True)
     ]
-    if field.wants_time:
-        return Gradients(found[0], found[4:], *found[1:4])
-    return Gradients(found[0], found[1:])
+    of = dict(zip(map(id, leading), found[: len(leading)], strict=True))
+    return Gradients(of.get(id(initial)), found[len(leading) :], *(of.get(id(vector)) for vector in times))
+
+
+class _Gate:
+    """Whether products pass a `_Gated` tensor: not while gradients with respect to it are taken.
+
+    What it was computed from may be a parameter, too; what comes through it is passed on by the caller's own graph.
+    """
+
+    closed = False
+
+
+class _Gated(torch.autograd.Function):
+    """The same tensor, with a gate between it and its history."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gate: _Gate) -> Tensor:
+        ctx.gate = gate
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *products: Tensor) -> tuple[Tensor | None, None]:
+        return None if ctx.gate.closed else products[0], None
 
 
 class _Replay:
@@ -113,7 +133,7 @@ class _Replay:
             y = self._combine(state, size, row, slopes)
             slope = self._field(t, y, step.random[i] if step.random else None)
             if slope.requires_grad and not (self._slopes or i):
-                self._field.params_in(slope, (t, y))
+                self._field.params_in(slope, (self._initial, self._start, self._size))
             slopes.append(slope)
         self._slopes.append(slopes)
         if tableau.passes is not None:

@@ -15,7 +15,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import Probe, cached, m
 from torchdiffeq_symplectic.tableau import Outcome, ProbeField, Step, Tableau, UnknownFormError, measure
 from torchdiffeq_symplectic.trajectory import Keep, Recording
 
-__all__ = ["AdaptiveRecorder", "measure_adaptive"]
+__all__ = ["Adaptive", "AdaptiveRecorder", "measure_adaptive"]
 
 # Replaced while measuring: they say which steps are taken, not what a step is.
 _STEPPING = ("first_step", "min_step", "max_step", "step_t", "jump_t", "norm", "rtol", "atol", "dtype")
@@ -90,13 +90,11 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         self._ends: list[Tensor] = []
         self._inside: list[int] = []
         self._tableau = measured.fresh
-        self._first_draw: Tensor | None = None
         self._output = 0
 
     def _before_integrate(self, t: Tensor) -> None:
         super()._before_integrate(t)
-        if self._listener.draws:
-            self._first_draw = self._listener.draws[0]
+        self._first_draw, self._first_drew = self._listener.draws[0], self._listener.drew
 
     def _interp_fit(self, y0: Tensor, y1: Tensor, k: Tensor, dt: Tensor) -> Any:
         # Called for accepted steps alone, with the size that the step really had and with all of its slopes.
@@ -104,14 +102,11 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         return super()._interp_fit(y0, y1, k, dt)
 
     def _adaptive_step(self, rk_state: Any) -> Any:
-        draws = self._listener.draws
-        draws.clear()
+        self._listener.start_step()
         self._accepted.clear()
         new_state = super()._adaptive_step(rk_state)
         for k, size in self._accepted:
             self._record(rk_state, new_state, k, size)
-            if draws:
-                self._first_draw = draws[-1]
         return new_state
 
     def _record(self, old: Any, new: Any, k: Tensor, size: Tensor) -> None:
@@ -123,9 +118,11 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         elif recording.keep is Keep.STATES and tableau.passes is not None:
             # A copy: a view would keep all slopes of the step.
             slopes = {tableau.passes: k[..., tableau.carried + tableau.passes].clone()}
-        random: list[Tensor] = []
-        if self._first_draw is not None:
-            random = ([] if tableau.carried else [self._first_draw]) + self._listener.draws[: k.shape[-1] - 1]
+        # The first slope is the last evaluation of the step before, unless it is carried in.
+        draws, drew = self._listener.draws, self._listener.drew
+        random = [*([] if tableau.carried else [self._first_draw]), *draws[: k.shape[-1] - 1]]
+        random = random if drew or self._first_drew else []
+        self._first_draw, self._first_drew = draws[-1], drew
         recording.step(tableau, old.y1, slopes, random)
         self._starts.append(old.t1)
         self._sizes.append(size)

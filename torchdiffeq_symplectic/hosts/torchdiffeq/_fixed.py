@@ -134,9 +134,9 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         self._new: tuple[Tensor, Tensor] | None = None
         self._in_event = False
 
-    def use_grid(self, t: Tensor) -> None:
+    def use_grid(self, y0: Tensor, t: Tensor) -> None:
         """Call the grid constructor once, with gradients; the solve and its time arithmetic use the same result."""
-        grid = self.grid_constructor(self.func, self.y0, t)
+        grid = self.grid_constructor(self.func, y0, t)
         self._grid = grid
         detached = grid.detach()
         self.grid_constructor = lambda func, y0, t: detached
@@ -147,8 +147,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
 
     def _step_func(self, func: Callable[..., Tensor], t0: Tensor, dt: Any, t1: Tensor, y0: Tensor) -> Any:
         listener = self._listener
-        listener.draws.clear()
-        listener.slopes.clear()
+        listener.start_step()
         change, slope = super()._step_func(func, t0, dt, t1, y0)
         tableau = self._tableau_used()
         slopes: Mapping[int, Tensor] = {}
@@ -156,12 +155,13 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
             slopes = dict(enumerate(listener.slopes[: tableau.stages]))
         elif self._recording.keep is Keep.STATES and tableau.passes is not None:
             slopes = {tableau.passes: slope}
-        if listener.draws and tableau.closing is not None:
+        drew = listener.drew
+        if drew and tableau.closing is not None:
             raise NotImplementedError(
                 'options={"interp": "cubic"} cannot be differentiated exactly with a func that draws random numbers: '
                 'each output draws anew. Use interp="linear".'
             )
-        self._recording.step(tableau, y0, slopes, list(listener.draws))
+        self._recording.step(tableau, y0, slopes, list(listener.draws) if drew else ())
         self._new = (y0, change)
         if self._grid is None:
             self._starts.append(t0)

@@ -22,8 +22,8 @@ class Listener:
         slopes: whether to collect the slopes, for solvers that do not show them.
 
     Attributes:
-        draws: the random state before each evaluation, once the first one is seen to draw; else empty.
-        slopes: the slopes, if asked for, until the solver's recorder takes them.
+        draws: the random state before each evaluation of the present step; the solver's recorder clears it.
+        slopes: the slopes of the present step, if asked for.
     """
 
     def __init__(self, func: Any, random: RandomState, slopes: bool) -> None:
@@ -31,9 +31,21 @@ class Listener:
         self._func = func.base_func
         self._random = random
         self._wants_slopes = slopes
-        self._draws: bool | None = None
         self.draws: list[Tensor] = []
         self.slopes: list[Tensor] = []
+
+    def start_step(self) -> None:
+        """Forget the evaluations so far."""
+        self.draws.clear()
+        self.slopes.clear()
+
+    @property
+    def drew(self) -> bool:
+        """Whether an evaluation of the present step drew random numbers.
+
+        Asked once a step: reading the random state is quick, comparing it is not.
+        """
+        return not torch.equal(self.draws[0], self._random.get())
 
     def __call__(self, t: Tensor, y: Tensor, *, perturb: Perturb = Perturb.NONE) -> Tensor:
         dtype = y.dtype.to_real()
@@ -43,18 +55,10 @@ class Listener:
             t = t.to(dtype)
         if perturb is not Perturb.NONE:
             t = torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
-        slope: Tensor = self._func(t, y) if self._draws is False else self._watched(t, y)
+        self.draws.append(self._random.get())
+        slope: Tensor = self._func(t, y)
         if self._wants_slopes:
             self.slopes.append(slope.detach())
-        return slope
-
-    def _watched(self, t: Tensor, y: Tensor) -> Tensor:
-        before = self._random.get()
-        slope: Tensor = self._func(t, y)
-        if self._draws is None:
-            self._draws = not torch.equal(before, self._random.get())
-        if self._draws:
-            self.draws.append(before)
         return slope
 
     def __getattr__(self, name: str) -> Any:

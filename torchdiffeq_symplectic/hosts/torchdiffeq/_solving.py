@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchdiffeq_symplectic.check import REPLAY_CHECKS
 from torchdiffeq_symplectic.field import reachable, report_missing
 from torchdiffeq_symplectic.gradient import Solve, Times, attach
-from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import AdaptiveRecorder, measure_adaptive
+from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
@@ -29,10 +29,10 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
 from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import options_of
 from torchdiffeq_symplectic.modes import Mode
 from torchdiffeq_symplectic.surroundings import Surroundings, modules_of
-from torchdiffeq_symplectic.tableau import UnknownFormError
+from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError
 from torchdiffeq_symplectic.trajectory import Recording
 
-__all__ = ["Call", "solve"]
+__all__ = ["Call", "solve", "tableau_of"]
 
 
 @dataclasses.dataclass
@@ -83,17 +83,17 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     """
     check = _checked_options(mode, call.adjoint_options)
     keep = mode.keeps(call.adjoint_options)
+    call.params = tuple(dict.fromkeys(call.params))
     sources = [call.y0, call.t, *call.params, *map(call.option, ("step_t", "jump_t", "step_size"))]
     if not torch.is_grad_enabled():
-        return _plain(call)
+        return _plain(call, call.func)
     if not any(tensor is not None and tensor.requires_grad for tensor in sources):
-        _report_captured(call)
-        return _plain(call)
+        return _plain(call, _FirstSlope(call))
     solver, measured = _recording_solver(mode, call)
     surroundings = Surroundings(call.given, call.y0.device)
     recording = Recording(keep)
     if call.event_fn is None and isinstance(solver, FixedRecorder):
-        solver.use_grid(call.t)
+        solver.use_grid(call.y0, call.t)
     listener = Listener(
         call.func, surroundings.random, slopes=keep is keep.SLOPES and isinstance(solver, FixedRecorder)
     )
@@ -105,11 +105,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     surroundings.solved()
     outputs = call.t[1:] if event_t is None else event_t.reshape(1)
     times = _times(solver, recording, call, outputs)
-    ignore = [] if call.params else [p for module in modules_of(call.given) for p in module.parameters(recurse=False)]
-    attached = attach(
-        Solve(mode, recording, call.func.base_func, surroundings, check, ignore), solution, call.y0, times, call.params
-    )
-    return event_t, attached
+    finished = Solve(mode, recording, call.func.base_func, surroundings, check, _undeclared(call))
+    return event_t, attach(finished, solution, call.y0, times, call.params)
 
 
 def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor | None, Tensor]:
@@ -117,11 +114,33 @@ def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | 
     return (None, solver.integrate(t)) if event_fn is None else solver.integrate_until_event(t[0], event_fn)
 
 
-def _plain(call: Call) -> tuple[Tensor | None, Tensor]:
+def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor]:
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
-        solver = SOLVERS[call.method](func=call.func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
+        solver = SOLVERS[call.method](func=func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
         return _run(solver, call.t, call.event_fn)
+
+
+class _FirstSlope:
+    """The field of a solve that nothing listed needs a gradient of: see whether something else does."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._seen = False
+
+    def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Tensor:
+        slope: Tensor
+        if self._seen:
+            slope = self._call.func(t, y, **perturb)
+        else:
+            self._seen = True
+            with torch.enable_grad():
+                slope = self._call.func(t, y, **perturb)
+            _report_captured(self._call, slope)
+        return slope.detach()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call.func, name)
 
 
 def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
@@ -146,8 +165,29 @@ def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
             f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
             "Runge-Kutta or Adams method of torchdiffeq, or one of torchdiffeq's own adjoint methods."
         ) from reason
-    instance = recording(func=call.func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
+    # Detached: a field may mark the state that it is given as requiring gradients, and that is not to be the caller's.
+    instance = recording(func=call.func, y0=call.y0.detach(), rtol=call.rtol, atol=call.atol, **call.options)
     return instance, measured
+
+
+def tableau_of(method: str, options: Mapping[str, Any] | None = None) -> Tableau:
+    """The coefficients that a step of ``method`` is measured to have; for adaptive methods those of the first step.
+
+    Args:
+        method: a name in torchdiffeq's table, "rk4" for example.
+        options: those that may matter: "interp", "perturb", what a solver of your own takes.
+
+    Raises:
+        KeyError: if torchdiffeq has no such method.
+        UnknownFormError: if its steps are not explicit with constant coefficients, as those of the Adams methods.
+    """
+    solver = SOLVERS[method]
+    measured = _recorder(solver)[1](solver, options or {})
+    if isinstance(measured, Adaptive):
+        return measured.fresh
+    if isinstance(measured, Tableau):
+        return measured
+    raise UnknownFormError(f"the coefficients of {method} change from step to step")
 
 
 @functools.cache
@@ -174,13 +214,14 @@ def _checked_options(mode: Mode, options: Mapping[str, Any]) -> str:
     return str(check)
 
 
-def _report_captured(call: Call) -> None:
-    """Nothing listed needs a gradient: see by one evaluation whether something else does."""
-    given = call.given
-    own = {id(parameter) for module in modules_of(given) for parameter in module.parameters(recurse=False)}
-    if isinstance(given, nn.Module):
-        return
-    with torch.enable_grad():
-        slope = call.func(call.t[0].detach(), call.y0.detach())
+def _undeclared(call: Call) -> list[Tensor]:
+    """Parameters of the field that are left out on purpose, as nothing is listed at all."""
+    return [] if call.params else [p for module in modules_of(call.given) for p in module.parameters(recurse=False)]
+
+
+def _report_captured(call: Call, slope: Tensor) -> None:
+    """Warn if the field uses a tensor that needs a gradient, where nothing listed does."""
     if slope.requires_grad:
-        report_missing([leaf for leaf in reachable(slope, {})[1] if id(leaf) not in own])
+        left_out = set(map(id, _undeclared(call)))
+        _, leaves = reachable([torch.autograd.graph.get_gradient_edge(slope).node], {})
+        report_missing([leaf for leaf in leaves if id(leaf) not in left_out])

@@ -1,0 +1,98 @@
+"""What the compatibility tests share: the versions in pytest's header, the modes, and how gradients are compared."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
+
+import torchdiffeq_symplectic
+
+MODES: dict[str, dict[str, Any]] = {
+    "symplectic": {"adjoint_method": "symplectic"},
+    "stages": {"adjoint_method": "symplectic", "adjoint_options": {"checkpoint": "stages"}},
+    "aca": {"adjoint_method": "aca"},
+    "baseline": {"adjoint_method": "baseline"},
+}
+
+
+def pytest_report_header() -> str:
+    """The versions under test, as "does it hold on mine?" is what these tests answer."""
+    versions = {
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        # Two different releases call themselves 0.2.5, so the methods are told as well.
+        "torchdiffeq": f"{torchdiffeq.__version__} with {len(SOLVERS)} methods",
+        "torchdiffeq_symplectic": torchdiffeq_symplectic.__version__,
+    }
+    return "compat: " + ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+@pytest.fixture(params=MODES.values(), ids=MODES.keys())
+def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """The arguments that choose a gradient mode; a new dictionary each time."""
+    return {name: dict(value) if isinstance(value, dict) else value for name, value in request.param.items()}
+
+
+@pytest.fixture(autouse=True)
+def registered() -> Iterator[None]:
+    """Whatever a test unregisters is registered again, and random numbers are the same in each run."""
+    torchdiffeq_symplectic.register()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(20260101)
+        yield
+    torchdiffeq_symplectic.register()
+
+
+@pytest.fixture
+def upstream() -> Callable[..., Any]:
+    """``odeint_adjoint`` as code has it that imported the name before this package was imported."""
+    torchdiffeq_symplectic.unregister()
+    from torchdiffeq import odeint_adjoint
+
+    torchdiffeq_symplectic.register()
+    assert odeint_adjoint is not torchdiffeq.odeint_adjoint
+    function: Callable[..., Any] = odeint_adjoint
+    return function
+
+
+@pytest.fixture
+def assert_agree() -> Callable[..., None]:
+    """Compares gradients: ``assert_agree(found, expected, tolerance=1e-11)``, the norm of the difference over the norm."""
+
+    def compare(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: float = 1e-11) -> None:
+        __tracebackhide__ = True
+        assert len(found) == len(expected)
+        for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+            assert one is not None, f"no gradient for input {i}"
+            truth = torch.zeros_like(one) if other is None else other
+            assert one.shape == truth.shape
+            error, size = float((one - truth).norm()), float(truth.norm())
+            assert error <= tolerance * size, f"input {i}: the gradient is off by {error:.1e}, its norm is {size:.1e}"
+
+    return compare
+
+
+@pytest.fixture
+def needs_callbacks() -> None:
+    """Skips where torchdiffeq has no callbacks (before 0.2.4)."""
+    from torchdiffeq._impl import misc
+
+    if not hasattr(misc, "_all_callback_names"):
+        pytest.skip("this torchdiffeq has no callbacks")
+
+
+@pytest.fixture
+def needs_complex() -> None:
+    """Skips where torchdiffeq refuses complex states (before 0.2.4)."""
+    from torchdiffeq._impl import misc
+
+    if "is_complex" not in inspect.getsource(misc._PerturbFunc):
+        pytest.skip("this torchdiffeq refuses complex states")

@@ -1,0 +1,322 @@
+"""The gradient is exact for every kind of state, dtype, time and field that torchdiffeq differentiates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from cases import (
+    METHODS,
+    MODES,
+    Mixing,
+    MixingTuple,
+    Problem,
+    assert_exact,
+    each_kind,
+    each_method,
+    each_mode,
+    gradients_of,
+    loss_of,
+    mixing_problem,
+    uniform,
+    with_and_without_time,
+)
+from torch import Tensor
+
+SHAPES: dict[str, tuple[int, ...]] = {"0-d": (), "one": (1,), "rank-3": (2, 1, 3), "row": (1, 4)}
+TUPLES: dict[str, list[tuple[int, ...]]] = {
+    "two-shapes": [(2, 2), (3,)],
+    "with-0-d": [(), (1, 3), (2,)],
+    "with-empty": [(2,), (0, 3), (1,)],
+    "tuple-of-one": [(2, 2)],
+}
+DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.complex64, torch.complex128)}
+
+each_dtype = pytest.mark.parametrize("dtype", list(DTYPES))
+
+
+def without_time(problem: Problem, time_grad: bool) -> Problem:
+    """The problem with or without a gradient of t."""
+    problem.t = problem.t.detach().requires_grad_(time_grad)
+    return problem
+
+
+def tuple_problem(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> Problem:
+    parts = [uniform(*shape, seed=20 + i, dtype=dtype) for i, shape in enumerate(shapes)]
+    y0 = tuple(part.requires_grad_() for part in parts)
+    t = torch.tensor([-0.3, 0.2, 0.31, 0.8], dtype=dtype.to_real(), requires_grad=True)
+    return Problem(MixingTuple(shapes, dtype=dtype), y0, t)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@with_and_without_time
+@each_kind
+@each_mode
+def test_state_of_any_shape(mode: str, method: str, time_grad: bool, shape: tuple[int, ...]) -> None:
+    problem = without_time(mixing_problem(shape), time_grad)
+    assert ("t" in assert_exact(problem, mode, **METHODS[method])) == time_grad
+
+
+@with_and_without_time
+@each_kind
+@each_mode
+def test_empty_batch(mode: str, method: str, time_grad: bool) -> None:
+    """The default norm of nothing is not a number, also for torchdiffeq, so the adaptive method gets another."""
+    problem = without_time(mixing_problem((0, 3)), time_grad)
+    if method == "dopri5":
+        problem.kwargs["options"] = {"norm": torch.sum}
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@pytest.mark.parametrize("shapes", TUPLES.values(), ids=TUPLES)
+@with_and_without_time
+@each_kind
+@each_mode
+def test_state_that_is_a_tuple(mode: str, method: str, time_grad: bool, shapes: list[tuple[int, ...]]) -> None:
+    problem = without_time(tuple_problem(shapes), time_grad)
+    if (0, 3) in shapes and method == "dopri5":
+        problem.kwargs["options"] = {"norm": lambda parts: torch.cat([part.reshape(-1) for part in parts]).abs().max()}
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@with_and_without_time
+@each_kind
+@each_mode
+def test_state_that_is_not_contiguous(mode: str, method: str, time_grad: bool) -> None:
+    problem = without_time(mixing_problem((2, 3)), time_grad)
+    leaf = uniform(3, 2, 2, seed=3).requires_grad_()
+    problem.y0 = leaf.transpose(0, 1)[..., 1]
+    problem.params = {"leaf": leaf}
+    assert not problem.y0.is_contiguous()
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@each_kind
+@each_mode
+def test_state_that_is_expanded(mode: str, method: str) -> None:
+    problem = mixing_problem((2, 3))
+    leaf = uniform(3, seed=3).requires_grad_()
+    problem.y0, problem.params = leaf.expand(2, 3), {"leaf": leaf}
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@each_dtype
+@with_and_without_time
+@each_method
+@each_mode
+def test_dtype(mode: str, method: str, time_grad: bool, dtype: str) -> None:
+    problem = without_time(mixing_problem((2, 2), DTYPES[dtype]), time_grad)
+    kwargs = METHODS[method]
+    if method.endswith("adams"):
+        kwargs = kwargs | {"rtol": 1e-4}
+    assert_exact(problem, mode, **kwargs)
+
+
+@each_dtype
+@each_kind
+@each_mode
+def test_dtype_of_a_tuple(mode: str, method: str, dtype: str) -> None:
+    assert_exact(tuple_problem([(2,), (1, 2)], DTYPES[dtype]), mode, **METHODS[method])
+
+
+@pytest.mark.parametrize(
+    ("state", "time"),
+    [
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.complex64, torch.float64),
+        (torch.complex128, torch.float32),
+    ],
+    ids=["float32-at-float64", "float64-at-float32", "complex64-at-float64", "complex128-at-float32"],
+)
+@with_and_without_time
+@each_method
+@each_mode
+def test_time_of_another_dtype(mode: str, method: str, time_grad: bool, state: torch.dtype, time: torch.dtype) -> None:
+    problem = mixing_problem((2, 2), state)
+    problem.t = problem.t.detach().to(time)
+    problem = without_time(problem, time_grad)
+    kwargs = METHODS[method]
+    if method.endswith("adams"):
+        kwargs = kwargs | {"rtol": 1e-4}
+    _assert_exact_to_coarsest(problem, mode, kwargs)
+
+
+def _assert_exact_to_coarsest(problem: Problem, mode: str, kwargs: dict[str, Any]) -> None:
+    """Gradients of float32 times are compared as coarsely as these are rounded, all else as the state is."""
+    if problem.t.dtype == torch.float64 or not problem.t.requires_grad:
+        assert_exact(problem, mode, **kwargs)
+        return
+    wanted = problem.wanted()
+    truth, found = (
+        gradients_of(loss_of(solve(problem.func, problem.y0, problem.t, **kwargs, **extra)), wanted)
+        for solve, extra in ((torchdiffeq.odeint, {}), (torchdiffeq.odeint_adjoint, MODES[mode]))
+    )
+    for name in wanted:
+        expected, actual = truth[name], found[name]
+        assert expected is not None
+        assert actual is not None
+        tolerance = 2e-5 if name == "t" else 1e-11
+        assert actual.dtype == expected.dtype
+        assert float((actual - expected).norm()) <= tolerance * float(expected.norm()), name
+
+
+@pytest.mark.parametrize("field_dtype", [torch.float32, torch.float64], ids=["float32-slopes", "float64-slopes"])
+@each_method
+@each_mode
+def test_field_of_another_dtype_than_the_state(mode: str, method: str, field_dtype: torch.dtype) -> None:
+    """A fixed-grid solver promotes the state, an adaptive one casts the slope."""
+    state_dtype = torch.float64 if field_dtype == torch.float32 else torch.float32
+    inner = Mixing(4, dtype=field_dtype)
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        slope: Tensor = inner(t.to(field_dtype), y.to(field_dtype))
+        return slope
+
+    t = torch.tensor([0.1, 0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    params = dict(inner.named_parameters())
+    y0 = uniform(2, 2, seed=9, dtype=state_dtype).requires_grad_()
+    problem = Problem(func, y0, t, params, adjoint_kwargs={"adjoint_params": tuple(params.values())})
+    kwargs = METHODS[method]
+    if method.endswith("adams"):
+        kwargs = kwargs | {"rtol": 1e-4}
+    wanted = problem.wanted()
+    truth, found = (
+        solve(func, y0, t, **kwargs, **extra)
+        for solve, extra in (
+            (torchdiffeq.odeint, {}),
+            (torchdiffeq.odeint_adjoint, MODES[mode] | problem.adjoint_kwargs),
+        )
+    )
+    assert torch.equal(truth, found)
+    expected, actual = gradients_of(loss_of(truth), wanted), gradients_of(loss_of(found), wanted)
+    for name in wanted:
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}")
+
+
+@with_and_without_time
+@each_method
+@each_mode
+def test_decreasing_times(mode: str, method: str, time_grad: bool) -> None:
+    problem = without_time(mixing_problem(), time_grad)
+    problem.t = problem.t.detach().flip(0).requires_grad_(time_grad)
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@with_and_without_time
+@each_kind
+@each_mode
+def test_decreasing_times_of_a_tuple(mode: str, method: str, time_grad: bool) -> None:
+    problem = tuple_problem([(2,), (1, 2)])
+    problem.t = problem.t.detach().flip(0).requires_grad_(time_grad)
+    assert_exact(problem, mode, **METHODS[method])
+
+
+@with_and_without_time
+@each_method
+@each_mode
+def test_times_of_one_point(mode: str, method: str, time_grad: bool) -> None:
+    problem = mixing_problem()
+    problem.t = torch.tensor([0.4], dtype=torch.float64, requires_grad=time_grad)
+    kwargs = METHODS[method]
+    if method not in ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"):
+        kwargs = kwargs | {"options": {}}
+    found = assert_exact(problem, mode, **kwargs)
+    assert torch.equal(found["weight"], torch.zeros(6, 6, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("interp", ["linear", "cubic"])
+@with_and_without_time
+@each_method
+@each_mode
+def test_many_outputs_inside_one_step(mode: str, method: str, time_grad: bool, interp: str) -> None:
+    problem = mixing_problem((3,))
+    problem.t = torch.linspace(0.0, 1.0, 23, dtype=torch.float64).requires_grad_(time_grad)
+    kwargs = METHODS[method]
+    if "step_size" in kwargs["options"]:
+        kwargs = kwargs | {"options": kwargs["options"] | {"step_size": 0.24, "interp": interp}}
+    elif interp == "cubic":
+        pytest.skip("adaptive methods have one interpolation")
+    else:
+        kwargs = kwargs | {"rtol": 1e-2, "options": {"first_step": 0.6}}
+    assert_exact(problem, mode, **kwargs)
+
+
+@each_kind
+@each_mode
+def test_outputs_exactly_on_steps(mode: str, method: str) -> None:
+    problem = mixing_problem()
+    problem.t = (torch.arange(6, dtype=torch.float64) / 8).requires_grad_()
+    options = {"step_size": 0.125, "interp": "cubic"} if method == "rk4" else {"first_step": 0.125, "ifactor": 1.0}
+    assert_exact(problem, mode, method=method, rtol=1e-3, atol=1e-3, options=options)
+
+
+@each_kind
+@each_mode
+def test_state_without_gradient(mode: str, method: str) -> None:
+    problem = mixing_problem()
+    assert isinstance(problem.y0, Tensor)
+    problem.y0 = problem.y0.detach()
+    assert "y0[0]" not in assert_exact(problem, mode, **METHODS[method])
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@each_kind
+@each_mode
+def test_part_of_a_tuple_without_gradient(mode: str, method: str, which: int) -> None:
+    problem = tuple_problem([(2,), (1, 2)])
+    problem.y0 = tuple(part.detach() if i == which else part for i, part in enumerate(problem.y0))
+    assert f"y0[{which}]" not in assert_exact(problem, mode, **METHODS[method])
+
+
+@pytest.mark.parametrize("alone", ["y0", "t", "weight"])
+@each_kind
+@each_mode
+def test_gradient_of_one_thing_alone(mode: str, method: str, alone: str) -> None:
+    problem = mixing_problem()
+    assert isinstance(problem.func, Mixing)
+    assert isinstance(problem.y0, Tensor)
+    problem.func.requires_grad_(False)
+    problem.y0, problem.t = problem.y0.detach(), problem.t.detach()
+    tensors = {"y0": problem.y0, "t": problem.t, "weight": problem.func.weight}
+    tensors[alone].requires_grad_()
+    assert len(assert_exact(problem, mode, **METHODS[method])) == 1
+
+
+@each_kind
+@each_mode
+def test_frozen_and_unused_parameters(mode: str, method: str) -> None:
+    """Unused ones get zeros, not None, as upstream gives and DistributedDataParallel needs; frozen ones None."""
+    problem = mixing_problem()
+    assert isinstance(problem.func, Mixing)
+    problem.func.unused = torch.nn.Linear(2, 2)
+    problem.func.bias.requires_grad_(False)
+    assert_exact(problem, mode, **METHODS[method])
+    torchdiffeq.odeint_adjoint(problem.func, problem.y0, problem.t, **METHODS[method], **MODES[mode]).sum().backward()
+    for parameter in problem.func.unused.parameters():
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+    assert problem.func.bias.grad is None
+    assert problem.func.weight.grad is not None
+
+
+@pytest.mark.parametrize("make_params", [tuple, list, iter, lambda params: (param for param in params)])
+@each_mode
+def test_adjoint_params_of_any_iterable(mode: str, make_params: Callable[[Any], Any]) -> None:
+    problem = mixing_problem()
+    assert isinstance(problem.func, Mixing)
+    wanted = problem.wanted()
+    truth = gradients_of(loss_of(torchdiffeq.odeint(problem.func, problem.y0, problem.t, **METHODS["rk4"])), wanted)
+    found = torchdiffeq.odeint_adjoint(
+        lambda t, y: problem.func(t, y),
+        problem.y0,
+        problem.t,
+        adjoint_params=make_params(list(problem.func.parameters())),
+        **METHODS["rk4"],
+        **MODES[mode],
+    )
+    for name, gradient in gradients_of(loss_of(found), wanted).items():
+        torch.testing.assert_close(gradient, truth[name], rtol=1e-11, atol=1e-13)

@@ -1,0 +1,49 @@
+"""README and CHANGELOG against the facts: examples run, tables and numbers are those of the package."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchdiffeq_symplectic
+from torchdiffeq_symplectic import MODES
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf8")
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
+def test_python_examples_run(code, capsys):
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    claimed = re.findall(r"print\(.*\)\s+# (.*)", code)
+    assert capsys.readouterr().out.splitlines() == claimed
+
+
+def test_every_mode_has_its_row():
+    rows = re.findall(r'^\| `"(\w+)"`', README, flags=re.MULTILINE)
+    assert set(rows) == set(MODES)
+
+
+def test_bounds_are_those_of_the_project_file():
+    (dependencies,) = re.findall(r"^dependencies = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
+    for requirement in re.findall(r'"(.*?)"', dependencies):
+        assert requirement in README
+    (python,) = re.findall(r'requires-python = ">=(.*)"', PYPROJECT)
+    assert f"Python {python} or later" in README
+
+
+def test_newest_entry_of_the_changelog_is_this_version():
+    newest = re.findall(r"^## \[(.*?)\]", CHANGELOG, flags=re.MULTILINE)[0]
+    assert newest == torchdiffeq_symplectic.__version__
+
+
+def test_the_architecture_section_names_every_file():
+    (section,) = re.findall(r"## Architecture\n(.*?)\n## ", README, flags=re.DOTALL)
+    package = ROOT / "torchdiffeq_symplectic"
+    names = [path.name for path in package.glob("*.py")] + [path.name + "/" for path in package.iterdir() if path.is_dir()]
+    missing = [name for name in names if name not in section and not name.startswith("__pycache__")]
+    assert missing == []

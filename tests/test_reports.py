@@ -1,0 +1,250 @@
+"""What a caller probably did not mean is said: by an error before the solve, or by a warning."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from harness import MODES, Net, each_mode, error, gradients, initial, loss_of, solve, times
+from torch import Tensor, nn
+from torchdiffeq._impl.odeint import SOLVERS
+
+import torchdiffeq_symplectic
+from torchdiffeq_symplectic import MissingGradientWarning
+from torchdiffeq_symplectic.hosts.torchdiffeq import _upstream_odeint_adjoint as early_bound
+
+ENTRY_POINTS: dict[str, Callable[..., Any]] = {
+    "package": torchdiffeq_symplectic.odeint_adjoint,
+    "late bound": lambda *args, **kwargs: torchdiffeq.odeint_adjoint(*args, **kwargs),
+    "early bound": early_bound,
+}
+each_entry_point = pytest.mark.parametrize("entry", ENTRY_POINTS)
+
+
+def call(entry: str, mode: str, func: Any, **arguments: Any) -> Any:
+    own = dict(MODES[mode])
+    own["adjoint_options"] = {**own.get("adjoint_options", {}), **arguments.pop("adjoint_options", {})}
+    y0 = arguments.pop("y0", None)
+    return ENTRY_POINTS[entry](func, initial() if y0 is None else y0, times(), **{"method": "rk4", **own, **arguments})
+
+
+@pytest.mark.parametrize("entry", ["package", "late bound"])
+@each_mode
+def test_bare_tensor_as_adjoint_params(mode: str, entry: str) -> None:
+    weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(TypeError, match=r"adjoint_params must be a sequence of tensors.*adjoint_params=\(tensor,\)"):
+        call(entry, mode, lambda t, y: y @ weight, adjoint_params=weight)
+
+
+@pytest.mark.parametrize("bare", [torch.eye(3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)], ids=str)
+@each_mode
+def test_bare_parameter_through_the_early_bound_function(mode: str, bare: Tensor) -> None:
+    # Upstream has taken it apart into its rows before the modes see it; the rows are no part of the field's graph.
+    weight = nn.Parameter(bare)
+    with pytest.warns(MissingGradientWarning, match=r"1 tensor\(s\)"):
+        loss_of(call("early bound", mode, lambda t, y: y * weight.sum(), adjoint_params=weight)).backward()
+
+
+@each_entry_point
+@each_mode
+def test_captured_leaf_in_no_list(mode: str, entry: str) -> None:
+    net, forgotten = Net(), torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    loss = loss_of(
+        call(entry, mode, lambda t, y: net(t, y) * forgotten, adjoint_params=tuple(net.parameters()))
+    )
+    with pytest.warns(MissingGradientWarning, match=r"1 tensor\(s\) that require a gradient .*\(3,\)") as caught:
+        loss.backward()
+    assert len(caught) == 1
+
+
+@each_entry_point
+@each_mode
+def test_captured_tensor_that_is_derived_from_leaves_in_no_list(mode: str, entry: str) -> None:
+    net, forgotten = Net(), torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+    control = forgotten.square().sum()
+    loss = loss_of(call(entry, mode, lambda t, y: net(t, y) * control, adjoint_params=tuple(net.parameters())))
+    with pytest.warns(MissingGradientWarning, match=r"\(4,\)"):
+        loss.backward()
+    assert forgotten.grad is None
+
+
+@each_entry_point
+@each_mode
+def test_captured_leaf_of_a_module(mode: str, entry: str) -> None:
+    forgotten = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
+
+    class Conditioned(Net):
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            return super().forward(t, y) * forgotten.sum()
+
+    loss = loss_of(call(entry, mode, Conditioned()))
+    with pytest.warns(MissingGradientWarning, match=r"\(4,\)"):
+        loss.backward()
+
+
+@each_entry_point
+@each_mode
+def test_captured_leaf_where_nothing_listed_needs_a_gradient(mode: str, entry: str) -> None:
+    forgotten = torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
+    y0 = initial().detach()
+    with pytest.warns(MissingGradientWarning, match=r"\(3,\)"):
+        call(entry, mode, lambda t, y: torch.sin(y) * forgotten, y0=y0, adjoint_params=())
+
+
+@each_entry_point
+@each_mode
+def test_captured_derived_tensor_where_nothing_listed_needs_a_gradient(mode: str, entry: str) -> None:
+    encoder = nn.Linear(3, 3, dtype=torch.float64)
+    context = encoder(torch.ones(3, dtype=torch.float64))
+    with pytest.warns(MissingGradientWarning, match=r"2 tensor\(s\)"):
+        call(entry, mode, lambda t, y: torch.sin(y) * context, y0=initial().detach(), adjoint_params=())
+
+
+@pytest.mark.parametrize("needs", [True, False], ids=["y0 needs a gradient", "nothing needs one"])
+@each_entry_point
+@each_mode
+def test_no_params_with_a_module_is_a_choice(mode: str, entry: str, needs: bool) -> None:
+    net = Net()
+    solution = call(entry, mode, net, y0=initial().detach().requires_grad_(needs), adjoint_params=())
+    if needs:
+        loss_of(solution).backward()
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+@each_entry_point
+@each_mode
+def test_captured_tensors_without_gradient_are_no_oversight(mode: str, entry: str) -> None:
+    net, fixed = Net(), torch.ones(3, dtype=torch.float64)
+    net.rate.requires_grad_(requires_grad=False)
+    y0 = initial()
+    loss_of(call(entry, mode, lambda t, y: net(t, y) * fixed, y0=y0, adjoint_params=tuple(net.parameters()))).backward()
+    assert net.rate.grad is None
+    assert y0.grad is not None
+
+
+@each_mode
+def test_tensors_derived_from_listed_ones_are_no_oversight(mode: str) -> None:
+    weight = torch.eye(3, dtype=torch.float64, requires_grad=True)
+    derived = torch.sin(weight) + 1
+    y0, t, wanted = initial(), times(), [weight]
+
+    def run(mode: str) -> list[Tensor]:
+        solution = solve(mode, lambda t, y: torch.tanh(y @ derived), y0, t, adjoint_params=(weight,))
+        return list(torch.autograd.grad(loss_of(solution), wanted, retain_graph=True))
+
+    assert error(run(mode), run("backprop")) < 1e-11
+
+
+@pytest.mark.parametrize("entry", ["late bound", "early bound"])
+@pytest.mark.parametrize("name", ["simplectic", "ACA", "adjoint"])
+def test_unknown_adjoint_method_lists_the_known_ones(name: str, entry: str) -> None:
+    with pytest.raises(ValueError, match=f'^Invalid method "{name}". Must be one of {{"') as raised:
+        loss_of(
+            ENTRY_POINTS[entry](Net(), initial(), times(), method="rk4", adjoint_method=name, adjoint_options={})
+        ).backward()
+    message = str(raised.value)
+    assert all(f'"{known}"' in message for known in (*SOLVERS, *torchdiffeq_symplectic.MODES))
+
+
+@pytest.mark.parametrize("name", ["simplectic", "ACA"])
+def test_unknown_method_is_upstreams_error(name: str) -> None:
+    with pytest.raises(ValueError, match=f'^Invalid method "{name}". Must be one of {{"'):
+        torchdiffeq_symplectic.odeint_adjoint(Net(), initial(), times(), method=name, adjoint_method="symplectic")
+
+
+def test_unknown_adjoint_method_without_registration() -> None:
+    code = (
+        "import torch, torchdiffeq_symplectic as s\n"
+        "s.unregister()\n"
+        "y0 = torch.ones(2, requires_grad=True)\n"
+        "try:\n"
+        "    s.odeint_adjoint(lambda t, y: -y, y0, torch.tensor([0., 1.]), adjoint_method='simplectic',\n"
+        "                     adjoint_params=()).sum().backward()\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.startswith('Invalid method "simplectic". Must be one of {"')
+
+
+@each_entry_point
+@each_mode
+def test_unknown_adjoint_options_warn(mode: str, entry: str) -> None:
+    with pytest.warns(UserWarning, match=r"Unexpected arguments \{'chekpoint': 3\}"):
+        call(entry, mode, Net(), adjoint_options={"chekpoint": 3})
+
+
+@pytest.mark.parametrize("mode", ["aca", "baseline"])
+def test_an_option_of_another_mode_is_unknown(mode: str) -> None:
+    with pytest.warns(UserWarning, match=r"Unexpected arguments \{'checkpoint': 'stages'\}"):
+        call("package", mode, Net(), adjoint_options={"checkpoint": "stages"})
+
+
+@each_entry_point
+@each_mode
+def test_options_of_upstreams_adjoint_have_no_effect(mode: str, entry: str) -> None:
+    net, y0, t = Net(), initial(), times()
+    wanted = [y0, *net.parameters()]
+    expected = gradients(mode, net, y0, t, wanted, options={})
+    upstream = {"norm": "seminorm", "step_size": 0.01, "first_step": 0.1, "max_num_steps": 3}
+    solution = call(entry, mode, net, y0=y0, adjoint_options=upstream, adjoint_rtol=1e-1, adjoint_atol=1e-1)
+    found = torch.autograd.grad(loss_of(solution), wanted)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("value", ["step", "STAGES", None, 3, True, ["steps"]], ids=repr)
+@each_entry_point
+def test_bad_checkpoint(entry: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r'adjoint_options\["checkpoint"\] must be one of .*"steps", "stages"'):
+        call(entry, "symplectic", Net(), adjoint_options={"checkpoint": value})
+
+
+@pytest.mark.parametrize("value", ["raise", None, False, ["error"]], ids=repr)
+@each_entry_point
+@each_mode
+def test_bad_replay_check(mode: str, entry: str, value: object) -> None:
+    with pytest.raises(ValueError, match=r'adjoint_options\["replay_check"\] must be one of .*error.*warn.*ignore'):
+        call(entry, mode, Net(), adjoint_options={"replay_check": value})
+
+
+@each_mode
+def test_bad_options_are_refused_without_gradients_too(mode: str) -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="replay_check"):
+        call("package", mode, Net(), adjoint_options={"replay_check": "raise"})
+
+
+@each_entry_point
+@each_mode
+def test_scipy_solver_is_refused_before_the_solve(mode: str, entry: str) -> None:
+    net = Net()
+    name = MODES[mode]["adjoint_method"]
+    with pytest.raises(NotImplementedError, match=f'method="scipy_solver".*adjoint_method="{name}".*Use a'):
+        call(entry, mode, net, method="scipy_solver", options={"solver": "RK45"})
+    assert net.evaluations == 0
+
+
+@pytest.mark.parametrize("func", ["function", "partial", "bound method"])
+@each_entry_point
+@each_mode
+def test_func_that_is_no_module_without_params(mode: str, entry: str, func: str) -> None:
+    net = Net()
+    fields = {"function": lambda t, y: -y, "partial": functools.partial(net), "bound method": net.forward}
+    with pytest.raises(ValueError, match=r"func must be an instance of nn.Module.*`adjoint_params=\(\)`"):
+        call(entry, mode, fields[func])
+    assert net.evaluations == 0
+
+
+def test_wrong_times_are_upstreams_errors() -> None:
+    for t in (torch.tensor([0.0, 1.0, 0.5]), torch.tensor([[0.0, 1.0]])):
+        messages = []
+        for solver in (torchdiffeq.odeint, functools.partial(early_bound, adjoint_method="symplectic")):
+            with pytest.raises(AssertionError) as raised:
+                solver(Net(), initial(), t)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
