@@ -35,7 +35,7 @@ def pytest_report_header() -> str:
     return "compat: " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-@pytest.fixture(params=MODES.values(), ids=MODES.keys())
+@pytest.fixture(params=list(MODES.values()), ids=list(MODES))
 def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments that choose a gradient mode; a new dictionary each time."""
     return {name: dict(value) if isinstance(value, dict) else value for name, value in request.param.items()}
@@ -65,7 +65,7 @@ def upstream() -> Callable[..., Any]:
 
 @pytest.fixture
 def assert_agree() -> Callable[..., None]:
-    """Compares gradients: ``assert_agree(found, expected, tolerance=1e-11)``, the norm of the difference over the norm."""
+    """Compares gradients, ``assert_agree(found, expected, tolerance=1e-11)``: norm of the difference over the norm."""
 
     def compare(found: Sequence[Tensor | None], expected: Sequence[Tensor | None], tolerance: float = 1e-11) -> None:
         __tracebackhide__ = True

@@ -10,7 +10,8 @@ from __future__ import annotations
 import collections
 import inspect
 from collections.abc import Callable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -25,9 +26,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS
 
 ADAPTIVE = sorted(name for name, solver in SOLVERS.items() if issubclass(solver, RKAdaptiveStepsizeODESolver))
 ADAMS = sorted(name for name, solver in SOLVERS.items() if issubclass(solver, AdamsBashforthMoulton))
-FIXED = sorted(
-    name for name, solver in SOLVERS.items() if issubclass(solver, FixedGridODESolver) and name not in ADAMS
-)
+FIXED = sorted(name for name, solver in SOLVERS.items() if issubclass(solver, FixedGridODESolver) and name not in ADAMS)
 T = torch.tensor([0.0, 0.31, 0.32, 1.0], dtype=torch.float64)
 Y0 = torch.tensor([[0.2, -1.0, 0.5], [1.5, 0.1, -0.7]], dtype=torch.float64)
 STEP_T = torch.tensor([0.8, -2.0, 0.45, 0.25], dtype=torch.float64)  # out of order, one before the start
@@ -38,8 +37,12 @@ def field(t: Tensor, y: Tensor) -> Tensor:
     return torch.tanh(3 * y.roll(1, -1)) * torch.exp(torch.sin(15 * t)) - y
 
 
-class Call(collections.namedtuple("Call", "name args result")):  # noqa: PYI024
+class Call(NamedTuple):
     """One call of a watched method."""
+
+    name: str
+    args: tuple[Any, ...]
+    result: Any
 
 
 def watched(method: str, *names: str, **options: Any) -> tuple[Any, list[Call]]:
@@ -131,9 +134,9 @@ def test_cut_steps_end_at_views_of_the_sorted_option(method: str, name: str) -> 
     assert all(end == ordered[end.storage_offset() - ordered.storage_offset()] for end in views)
     assert not any(float(end) in ordered.tolist() for end in ends if storage(end) != storage(ordered))
     starts = [T[0], *[end for before, end in zip([T[0], *ends], ends, strict=False) if end > before]]
-    assert all(torch.equal(size, end - start) for size, start, end in zip(sizes, starts, starts[1:], strict=False)), (
-        "_interp_fit no longer gets the size of the step as it was cut"
-    )
+    for size, start, end in zip(sizes, starts, starts[1:], strict=False):
+        exact = torch.equal(size, end - start) if storage(end) == storage(ordered) else torch.equal(start + size, end)
+        assert exact, "_interp_fit no longer gets the size of the step as it was cut"
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
@@ -155,7 +158,7 @@ def test_slope_after_a_jump_is_fresh_and_from_the_other_side(method: str) -> Non
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_outputs_are_asked_for_one_by_one_and_interpolated_by_a_polynomial(method: str) -> None:
-    solver, calls = watched(method, "_advance", first_step=0.05)
+    solver, _ = watched(method, first_step=0.05)
     checked: list[float] = []
 
     class Checking(type(solver)):  # type: ignore[misc]
@@ -170,7 +173,6 @@ def test_outputs_are_asked_for_one_by_one_and_interpolated_by_a_polynomial(metho
 
     solver.__class__ = Checking
     solution = solver.integrate(T)
-    del calls[:0]
     assert len(checked) == len(T) - 1, "_advance is no longer called once for each output"
     assert all(0 <= theta <= 1 for theta in checked)
     assert torch.equal(solution[0], Y0)
@@ -180,7 +182,7 @@ def test_outputs_are_asked_for_one_by_one_and_interpolated_by_a_polynomial(metho
 def test_an_event_is_looked_for_in_one_call_and_lies_in_the_last_step(method: str) -> None:
     solver, calls = watched(method, "_advance_until_event", "_advance", first_step=0.05)
     event_fn = misc._check_inputs(
-        field, Y0, T[:2], 1e-4, 1e-4, method, None, lambda t, y: y[0, 0] - 0.35 * (1 + t), SOLVERS
+        field, Y0, T[:2], 1e-4, 1e-4, method, None, lambda t, y: t - 0.57 + 0.01 * y[0, 0], SOLVERS
     )[8]
     event_t, solution = solver.integrate_until_event(T[0], event_fn)
     assert [call.name for call in calls] == ["_advance_until_event"]
@@ -209,6 +211,7 @@ def test_times_are_kept_in_the_wider_dtype_and_the_field_is_looked_up_at_each_ca
 # Fixed-grid solvers.
 
 
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 @pytest.mark.parametrize("method", FIXED + ADAMS)
 def test_the_grid_is_made_once_and_passed_to_steps_entry_by_entry(method: str) -> None:
     solver, calls = watched(method, "_step_func")
@@ -234,11 +237,12 @@ def test_the_grid_is_made_once_and_passed_to_steps_entry_by_entry(method: str) -
         assert torch.equal(torch.stack([t0, dt, t1]), torch.stack([start, end - start, end]))
 
 
+@pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
 @pytest.mark.parametrize("method", FIXED + ADAMS)
 def test_a_step_returns_the_change_of_the_state_and_the_first_slope(method: str) -> None:
     solver, calls = watched(method, "_step_func", step_size=0.1)
     solver.integrate(T)
-    for call, following in zip(calls, calls[1:], strict=False):
+    for call, following in pairwise(calls):
         change, slope = call.result
         y0 = call.args[4]
         assert torch.equal(y0 + change, following.args[4]), "_step_func no longer returns the change of the state first"
@@ -288,7 +292,7 @@ def test_an_event_is_interpolated_last_at_its_own_time(method: str, interp: str)
     names = ("_step_func", "_linear_interp", "_cubic_hermite_interp")
     solver, calls = watched(method, *names, step_size=0.1, interp=interp)
     event_fn = misc._check_inputs(
-        field, Y0, T[:2], 1e-4, 1e-4, method, None, lambda t, y: y[0, 0] - 0.35 * (1 + t), SOLVERS
+        field, Y0, T[:2], 1e-4, 1e-4, method, None, lambda t, y: t - 0.57 + 0.01 * y[0, 0], SOLVERS
     )[8]
     event_t, solution = solver.integrate_until_event(T[0], event_fn)
     assert calls[-1].name == {"linear": "_linear_interp", "cubic": "_cubic_hermite_interp"}[interp]
@@ -331,11 +335,16 @@ def test_history_of_slopes_is_latest_first_and_of_known_length(method: str) -> N
 @pytest.mark.parametrize("method", ADAMS)
 def test_steps_with_too_short_a_history_are_runge_kutta_steps(method: str, max_order: int) -> None:
     names = ("_step_func", "_update_history", "_has_converged")
-    solver, calls = watched(method, *names, step_size=0.05, max_order=max_order)
+    solver, calls = watched(method, *names, step_size=0.02, max_order=max_order)
     times: list[float] = []
-    inner = solver.func
-    solver.func = lambda t, y, perturb=misc.Perturb.NONE: (times.append(float(t)), inner(t, y, perturb=perturb))[1]
-    solver.func.callback_step = lambda *arguments: None
+    inner = solver.func.base_func
+
+    def counting(t: Tensor, y: Tensor) -> Tensor:
+        times.append(float(t))
+        slope: Tensor = inner(t, y)
+        return slope
+
+    solver.func.base_func = counting
     solver.integrate(T)
     begins = [i for i, call in enumerate(calls) if call.name == "_step_func"]
     evaluations = []
@@ -358,13 +367,15 @@ def test_constructors_take_the_field_the_state_and_tolerances_by_name(method: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("options", [{}, {"perturb": True}, {"jump_t": JUMP_T}], ids=["plain", "perturb", "jump_t"])
-@pytest.mark.parametrize("method", ADAPTIVE + FIXED)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(method, options) for method in ADAPTIVE for options in ({}, {"jump_t": JUMP_T})]
+    + [(method, options) for method in FIXED for options in ({}, {"perturb": True})],
+    ids=lambda value: value if isinstance(value, str) else "".join(value) or "plain",
+)
 def test_the_replay_asks_the_field_for_the_very_times_of_the_solve(
     method: str, options: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    if ("perturb" in options and method in ADAPTIVE) or ("jump_t" in options and method in FIXED):
-        pytest.skip("not an option of this method")
     times: list[float] = []
 
     def func(t: Tensor, y: Tensor) -> Tensor:

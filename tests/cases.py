@@ -41,7 +41,12 @@ ADAMS = {
 METHODS: dict[str, dict[str, Any]] = FIXED | ADAPTIVE | ADAMS
 
 # Relative error, norm of the difference over norm, that rounding may leave.
-TOLERANCES = {torch.float64: 1e-11, torch.complex128: 1e-11, torch.float32: 2e-5, torch.complex64: 2e-5}
+TOLERANCES = {torch.float64: 1e-11, torch.complex128: 1e-11, torch.float32: 5e-5, torch.complex64: 5e-5}
+# The gradient of a time is what is left of terms that cancel: in single precision backpropagation itself is then off by
+# up to 1e-4 from the same in double precision, on the same steps.
+TIME_TOLERANCES = {torch.float64: 1e-11, torch.complex128: 1e-11, torch.float32: 3e-4, torch.complex64: 3e-4}
+# Names of tensors that are times.
+TIMES = ("t", "step_t", "jump_t", "step_size", "grid")
 
 
 def of_table(names: Iterable[str]) -> list[Any]:
@@ -56,6 +61,8 @@ each_mode = pytest.mark.parametrize("mode", list(MODES))
 each_method = pytest.mark.parametrize("method", of_table(METHODS))
 # One of each kind: fixed grid, and adaptive with the first slope carried over.
 each_kind = pytest.mark.parametrize("method", ["rk4", "dopri5"])
+# Those, and one of each kind that carries slopes of earlier steps.
+each_family = pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun", "implicit_adams"])
 with_and_without_time = pytest.mark.parametrize("time_grad", [False, True], ids=["t-fixed", "t-grad"])
 
 
@@ -69,17 +76,17 @@ def uniform(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tenso
 
 
 class Mixing(nn.Module):
-    """``f(t, y) = tanh(W y + b sin(w t)) - t y / 5`` on the flattened state: no entry is like another."""
+    """``f(t, y) = sin(W y + b sin(w t)) - t y / 5`` on the flattened state: no entry is like another."""
 
     def __init__(self, size: int, seed: int = 1, dtype: torch.dtype = torch.float64) -> None:
         super().__init__()
-        self.weight = nn.Parameter(uniform(size, size, seed=seed, dtype=dtype))
+        self.weight = nn.Parameter(uniform(size, size, seed=seed, dtype=dtype) / max(size, 1) ** 0.5)
         self.bias = nn.Parameter(uniform(size, seed=seed + 1, dtype=dtype))
         self.frequency = nn.Parameter(torch.tensor(2.3, dtype=dtype.to_real()))
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         flat = y.reshape(-1)
-        slope = torch.tanh(self.weight @ flat + self.bias * torch.sin(self.frequency * t)) - t * flat / 5
+        slope = torch.sin(self.weight @ flat + self.bias * torch.sin(self.frequency * t)) - t * flat / 5
         return slope.view_as(y)
 
 
@@ -105,6 +112,7 @@ class Problem:
         params: further tensors whose gradients are compared, by name; those of ``func`` if it is a module.
         kwargs: further arguments of the call.
         adjoint_kwargs: arguments of ``odeint_adjoint`` alone.
+        dtype: the coarsest that is computed in, that of the state if None.
     """
 
     func: Callable[..., Any]
@@ -113,6 +121,7 @@ class Problem:
     params: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
     adjoint_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
     def wanted(self) -> dict[str, Tensor]:
         """Every tensor whose gradient is compared, by name."""
@@ -158,10 +167,10 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def assert_same_gradients(
-    found: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None], tolerance: float
+    found: Mapping[str, Tensor | None], truth: Mapping[str, Tensor | None], dtype: torch.dtype
 ) -> None:
-    """Every gradient equals the true one up to ``tolerance``; an absent one counts as zero."""
-    errors = {}
+    """Every gradient equals the true one as far as states of ``dtype`` allow; an absent one counts as zero."""
+    errors, excessive = {}, []
     for name, expected in truth.items():
         actual = found[name]
         if expected is None and actual is None:
@@ -173,7 +182,10 @@ def assert_same_gradients(
         assert actual.dtype == expected.dtype, name
         assert actual.shape == expected.shape, name
         errors[name] = relative_error(actual, expected)
-    assert all(error <= tolerance for error in errors.values()), errors
+        tolerances = TIME_TOLERANCES if name in TIMES else TOLERANCES
+        if not errors[name] <= max(tolerances[dtype], tolerances[expected.dtype]):
+            excessive.append(name)
+    assert not excessive, errors
 
 
 def solutions(problem: Problem, mode: str, **solver: Any) -> tuple[State, State]:
@@ -198,11 +210,9 @@ def assert_exact(problem: Problem, mode: str, *, outputs: slice = slice(None), *
     truth, found = solutions(problem, mode, **solver)
     for expected, actual in zip(parts_of(truth), parts_of(found), strict=True):
         assert torch.equal(actual, expected)
-    true_gradients, gradients = (
-        gradients_of(loss_of(tuple(part[outputs] for part in parts_of(solution))), wanted)
-        for solution in (truth, found)
-    )
-    assert_same_gradients(gradients, true_gradients, max(TOLERANCES[part.dtype] for part in parts_of(truth)))
+    true_loss, loss = (loss_of(tuple(part[outputs] for part in parts_of(solution))) for solution in (truth, found))
+    gradients = gradients_of(loss, wanted)
+    assert_same_gradients(gradients, gradients_of(true_loss, wanted), problem.dtype or parts_of(truth)[0].dtype)
     return {name: gradient for name, gradient in gradients.items() if gradient is not None}
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torchdiffeq
 from cases import (
+    ADAPTIVE,
     METHODS,
     MODES,
     Mixing,
     MixingTuple,
     Problem,
     assert_exact,
+    each_family,
     each_kind,
     each_method,
     each_mode,
@@ -42,6 +44,16 @@ def without_time(problem: Problem, time_grad: bool) -> Problem:
     """The problem with or without a gradient of t."""
     problem.t = problem.t.detach().requires_grad_(time_grad)
     return problem
+
+
+def coarser(method: str) -> dict[str, Any]:
+    """Arguments for single precision.
+
+    The implicit methods' corrector can only converge to that, and over a hundred short steps backpropagation loses
+    three digits of the gradient of t, which then is no truth to compare with.
+    """
+    coarse = {"implicit_adams": {"rtol": 1e-4}, "fixed_adams": {"rtol": 1e-4}, "adaptive_heun": {"rtol": 1e-2}}
+    return METHODS[method] | coarse.get(method, {})
 
 
 def tuple_problem(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float64) -> Problem:
@@ -105,14 +117,11 @@ def test_state_that_is_expanded(mode: str, method: str) -> None:
 
 @each_dtype
 @with_and_without_time
-@each_method
+@each_family
 @each_mode
 def test_dtype(mode: str, method: str, time_grad: bool, dtype: str) -> None:
     problem = without_time(mixing_problem((2, 2), DTYPES[dtype]), time_grad)
-    kwargs = METHODS[method]
-    if method.endswith("adams"):
-        kwargs = kwargs | {"rtol": 1e-4}
-    assert_exact(problem, mode, **kwargs)
+    assert_exact(problem, mode, **coarser(method))
 
 
 @each_dtype
@@ -133,35 +142,13 @@ def test_dtype_of_a_tuple(mode: str, method: str, dtype: str) -> None:
     ids=["float32-at-float64", "float64-at-float32", "complex64-at-float64", "complex128-at-float32"],
 )
 @with_and_without_time
-@each_method
+@each_family
 @each_mode
 def test_time_of_another_dtype(mode: str, method: str, time_grad: bool, state: torch.dtype, time: torch.dtype) -> None:
     problem = mixing_problem((2, 2), state)
     problem.t = problem.t.detach().to(time)
     problem = without_time(problem, time_grad)
-    kwargs = METHODS[method]
-    if method.endswith("adams"):
-        kwargs = kwargs | {"rtol": 1e-4}
-    _assert_exact_to_coarsest(problem, mode, kwargs)
-
-
-def _assert_exact_to_coarsest(problem: Problem, mode: str, kwargs: dict[str, Any]) -> None:
-    """Gradients of float32 times are compared as coarsely as these are rounded, all else as the state is."""
-    if problem.t.dtype == torch.float64 or not problem.t.requires_grad:
-        assert_exact(problem, mode, **kwargs)
-        return
-    wanted = problem.wanted()
-    truth, found = (
-        gradients_of(loss_of(solve(problem.func, problem.y0, problem.t, **kwargs, **extra)), wanted)
-        for solve, extra in ((torchdiffeq.odeint, {}), (torchdiffeq.odeint_adjoint, MODES[mode]))
-    )
-    for name in wanted:
-        expected, actual = truth[name], found[name]
-        assert expected is not None
-        assert actual is not None
-        tolerance = 2e-5 if name == "t" else 1e-11
-        assert actual.dtype == expected.dtype
-        assert float((actual - expected).norm()) <= tolerance * float(expected.norm()), name
+    assert_exact(problem, mode, **coarser(method))
 
 
 @pytest.mark.parametrize("field_dtype", [torch.float32, torch.float64], ids=["float32-slopes", "float64-slopes"])
@@ -180,25 +167,12 @@ def test_field_of_another_dtype_than_the_state(mode: str, method: str, field_dty
     params = dict(inner.named_parameters())
     y0 = uniform(2, 2, seed=9, dtype=state_dtype).requires_grad_()
     problem = Problem(func, y0, t, params, adjoint_kwargs={"adjoint_params": tuple(params.values())})
-    kwargs = METHODS[method]
-    if method.endswith("adams"):
-        kwargs = kwargs | {"rtol": 1e-4}
-    wanted = problem.wanted()
-    truth, found = (
-        solve(func, y0, t, **kwargs, **extra)
-        for solve, extra in (
-            (torchdiffeq.odeint, {}),
-            (torchdiffeq.odeint_adjoint, MODES[mode] | problem.adjoint_kwargs),
-        )
-    )
-    assert torch.equal(truth, found)
-    expected, actual = gradients_of(loss_of(truth), wanted), gradients_of(loss_of(found), wanted)
-    for name in wanted:
-        torch.testing.assert_close(actual[name], expected[name], rtol=1e-4, atol=1e-5, msg=f"{name}")
+    problem.dtype = torch.float32
+    assert_exact(problem, mode, **coarser(method))
 
 
 @with_and_without_time
-@each_method
+@each_family
 @each_mode
 def test_decreasing_times(mode: str, method: str, time_grad: bool) -> None:
     problem = without_time(mixing_problem(), time_grad)
@@ -216,33 +190,29 @@ def test_decreasing_times_of_a_tuple(mode: str, method: str, time_grad: bool) ->
 
 
 @with_and_without_time
-@each_method
+@each_family
 @each_mode
 def test_times_of_one_point(mode: str, method: str, time_grad: bool) -> None:
     problem = mixing_problem()
     problem.t = torch.tensor([0.4], dtype=torch.float64, requires_grad=time_grad)
-    kwargs = METHODS[method]
-    if method not in ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"):
-        kwargs = kwargs | {"options": {}}
+    kwargs = METHODS[method] if method in ADAPTIVE else {"method": method}
     found = assert_exact(problem, mode, **kwargs)
     assert torch.equal(found["weight"], torch.zeros(6, 6, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 @with_and_without_time
-@each_method
+@each_family
 @each_mode
 def test_many_outputs_inside_one_step(mode: str, method: str, time_grad: bool, interp: str) -> None:
     problem = mixing_problem((3,))
     problem.t = torch.linspace(0.0, 1.0, 23, dtype=torch.float64).requires_grad_(time_grad)
-    kwargs = METHODS[method]
-    if "step_size" in kwargs["options"]:
-        kwargs = kwargs | {"options": kwargs["options"] | {"step_size": 0.24, "interp": interp}}
-    elif interp == "cubic":
-        pytest.skip("adaptive methods have one interpolation")
+    if method not in ADAPTIVE:
+        assert_exact(problem, mode, method=method, rtol=1e-3, options={"step_size": 0.24, "interp": interp})
+    elif interp == "linear":
+        assert_exact(problem, mode, method=method, rtol=1e-2, atol=1e-2, options={"first_step": 0.6})
     else:
-        kwargs = kwargs | {"rtol": 1e-2, "options": {"first_step": 0.6}}
-    assert_exact(problem, mode, **kwargs)
+        pytest.skip("adaptive methods have one interpolation")
 
 
 @each_kind

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_symplectic import ReplayError, ReplayWarning
 
-DIFFERS = r"after step \d+ by [\d.e+-]+ where the state has size [\d.e+-]+"
+DIFFERS = r"after step \d+ by ([\d.e+-]+|nan) where the state has size [\d.e+-]+"
 EXACT = 1e-11
 
 
@@ -95,10 +95,14 @@ NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("kind", NORMS)
 @each_mode
 @pytest.mark.filterwarnings("ignore:.*torch.nn.utils.spectral_norm.*:FutureWarning")
-def test_spectral_norm_in_training_is_restored_or_reported(mode: str, kind: str) -> None:
+def test_spectral_norm_in_training_is_reported(mode: str, kind: str) -> None:
     # Every evaluation takes a step of the power iteration, so the weight is another one.
     y0, t = initial(), times()
     field = Spectral(NORMS[kind])
+    with torch.no_grad():
+        for name, buffer in field.named_buffers():  # the iteration must not have converged
+            if name.endswith(("_u", "_v")):
+                buffer.copy_(nn.functional.normalize(torch.linspace(-1, 2, len(buffer), dtype=buffer.dtype), dim=0))
     wanted = [y0, *field.parameters()]
     loss = loss_of(solve(mode, field, y0, t))
     buffers = {name: buffer.clone() for name, buffer in field.named_buffers()}

@@ -35,24 +35,24 @@ class ReplayCheck:
 
     Args:
         action: "error", "warn" or "ignore".
-        state_dtype: the dtype of the states.
-        slope_dtype: the dtype that the field computes in where that is coarser (autocast), or None.
+        dtype: of the states.
     """
 
-    def __init__(self, action: str, state_dtype: torch.dtype, slope_dtype: torch.dtype | None) -> None:
+    def __init__(self, action: str, dtype: torch.dtype) -> None:
         self.active = action != "ignore"
         self._action = action
-        self._state = _ROUNDINGS * torch.finfo(state_dtype).eps
-        self._slope = self._state if slope_dtype is None else _COARSE_ROUNDINGS * torch.finfo(slope_dtype).eps
+        self._precision = torch.finfo(dtype).eps
         self._rows: list[Tensor] = []
         self._sizes: list[Tensor] = []
+        self._weights: list[float] = []
         self._indices: list[int] = []
 
-    def step(self, index: int, replayed: Tensor, recorded: Tensor, size: Tensor, slopes: Tensor) -> None:
-        """Compare the state after step ``index``, given the step size and the slopes it was made of."""
+    def step(self, index: int, replayed: Tensor, recorded: Tensor, size: Tensor, slopes: Tensor, weight: float) -> None:
+        """Compare the state after step ``index``, made of ``size`` times ``slopes`` of a total ``weight``."""
         if self.active and recorded.numel():
             self._rows += torch._foreach_norm((replayed - recorded, recorded, slopes), torch.inf)
             self._sizes.append(size)
+            self._weights.append(weight)
             self._indices.append(index)
 
     def norm(self, index: int, replayed: Tensor, recorded: Tensor) -> None:
@@ -60,15 +60,21 @@ class ReplayCheck:
         if self.active and replayed.numel():
             self._rows += ((torch.linalg.vector_norm(replayed) - recorded).abs(), recorded, recorded)
             self._sizes.append(torch.ones_like(recorded))
+            self._weights.append(1.0)
             self._indices.append(index)
 
-    def conclude(self) -> None:
-        """Raise or warn if a step was not reproduced; the only place that waits for the device."""
+    def conclude(self, slope_dtype: torch.dtype | None) -> None:
+        """Raise or warn if a step was not reproduced; the only place that waits for the device.
+
+        ``slope_dtype`` is what the field computes in, where that is not the dtype of the states, else None.
+        """
         if not self._rows:
             return
         deviation, scale, slope = torch.stack(self._rows).view(-1, 3).unbind(1)
-        increment = torch.stack(self._sizes).abs() * slope
-        allowed = self._state * scale + self._slope * increment
+        weights = torch.tensor(self._weights, dtype=slope.dtype, device=slope.device)
+        increment = torch.stack(self._sizes).abs() * weights * slope
+        coarse = 0.0 if slope_dtype is None else _COARSE_ROUNDINGS * torch.finfo(slope_dtype).eps
+        allowed = _ROUNDINGS * self._precision * (scale + increment) + coarse * increment
         # A state that was not finite to begin with proves nothing.
         bad = ~(deviation <= allowed) & torch.isfinite(scale)
         if not bool(bad.any()):

@@ -34,6 +34,7 @@ class Field:
 
     Attributes:
         param_grads: the products with respect to ``params`` summed so far; zeros where a parameter is not used.
+        slope_dtype: a dtype that slopes are computed in, where it is not the state's, or None.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Field:
         self.params = tuple(params)
         self.wants_time = wants_time
         self.dtype, self.shape = dtype, shape
+        self.slope_dtype = surroundings.autocast_dtype
         self.param_grads = [torch.zeros_like(param) for param in params]
         self._ignore = {id(tensor) for tensor in ignore}
         self._checked = False
@@ -67,6 +69,7 @@ class Field:
             with self._surroundings.autocast():
                 slope = self._func(t, y)
         if slope.dtype != self.dtype:
+            self.slope_dtype = slope.dtype
             slope = slope.to(self.dtype)
         return slope if slope.shape == self.shape else slope.expand(self.shape)
 

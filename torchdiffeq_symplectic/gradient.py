@@ -104,12 +104,12 @@ class _Gradient(torch.autograd.Function):
             dtype=trajectory.dtype,
             shape=initial.shape,
         )
-        check = ReplayCheck(solve.replay_check, trajectory.dtype, solve.surroundings.autocast_dtype)
+        check = ReplayCheck(solve.replay_check, trajectory.dtype)
         with solve.surroundings.restored(trajectory.is_random), hooks_silenced((initial, start, size, theta, *params)):
             if torch.is_grad_enabled():
                 gradients = backpropagate(trajectory, field, outputs, check, create_graph=True)
             else:
                 gradients = solve.mode.backward(trajectory, field, outputs, check)
-        check.conclude()
+        check.conclude(field.slope_dtype)
         times_found = (gradients.start, gradients.size, gradients.theta)
         return (None, None, gradients.initial, *times_found, None, *gradients.params)

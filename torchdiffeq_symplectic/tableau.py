@@ -69,6 +69,11 @@ class Tableau:
         """Number of own stages, each one field evaluation."""
         return len(self.c)
 
+    @functools.cached_property
+    def weight(self) -> float:
+        """The sum of the absolute weights of the new state: how much rounding errors of slopes are amplified."""
+        return sum(map(abs, self.b))
+
     @functools.cache  # noqa: B019
     def starting(self, side: int) -> Tableau:
         """The same step with its first own stage evaluated from ``side``."""

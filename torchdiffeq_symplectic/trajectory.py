@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,8 @@ class _Entry:
 
     tableau: Tableau
     state: int | None
-    slopes: dict[int, int]
+    slopes: int | None
+    passed: int | None
     random: tuple[int, ...]
     interpolated: tuple[int, int] = (0, 0)
     at_end: int | None = None
@@ -50,6 +51,7 @@ class Recording:
         keep: what of each step is kept.
         saved: the tensors kept, all detached; emptied when they are handed to autograd.
         at_start: indices of outputs that are the initial state itself.
+        dtype: of the last state; the first one's may be narrower, where the host promotes it.
     """
 
     def __init__(self, keep: Keep) -> None:
@@ -58,6 +60,7 @@ class Recording:
         self.at_start: list[int] = []
         self.entries: list[_Entry] = []
         self.final: int | None = None
+        self.dtype: torch.dtype | None = None
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -68,25 +71,29 @@ class Recording:
         return len(self.saved) - 1
 
     def step(
-        self, tableau: Tableau, state: Tensor, slopes: Mapping[int, Tensor], random: Sequence[Tensor] = ()
+        self,
+        tableau: Tableau,
+        state: Tensor,
+        *,
+        slopes: Tensor | None = None,
+        passed: Tensor | None = None,
+        random: Sequence[Tensor] = (),
     ) -> None:
         """Add an accepted step.
 
         Args:
             tableau: its coefficients.
             state: ``y`` at its start.
-            slopes: slopes by own stage; those that the mode does not keep may be among them.
+            slopes: where slopes are kept, those of its own stages, shape ``(s, *y.shape)`` or longer.
+            passed: where states are kept and later steps carry a slope of this one in, that slope.
             random: the random state before each own stage (and the closing slope), or empty.
         """
-        if self.keep is Keep.NORMS:
-            slopes = {}
-        elif self.keep is Keep.STATES:
-            slopes = {stage: slope for stage, slope in slopes.items() if stage == tableau.passes}
         self.entries.append(
             _Entry(
                 tableau,
                 self._keep_state(state) if self.entries else None,
-                {stage: self.save(slope) for stage, slope in slopes.items()},
+                None if slopes is None else self.save(slopes),
+                None if passed is None else self.save(passed),
                 tuple(self.save(bits) for bits in random),
             )
         )
@@ -103,9 +110,10 @@ class Recording:
     def finish(self, state: Tensor) -> None:
         """Add the last state, and settle which steps evaluate their closing slope themselves."""
         self.final = self._keep_state(state)
-        for entry, following in zip(self.entries, [*self.entries[1:], None], strict=True):
-            used = entry.interpolated[1] > 0
-            if used and not (following is not None and following.tableau.continues(entry.tableau)):
+        self.dtype = state.dtype
+        for n, entry in enumerate(self.entries):
+            following = self.entries[n + 1].tableau if n + 1 < len(self) else None
+            if entry.interpolated[1] > 0 and not (following is not None and following.continues(entry.tableau)):
                 entry.tableau = entry.tableau.closed
 
     def _keep_state(self, state: Tensor) -> int | None:
@@ -124,7 +132,8 @@ class Step:
         size: the step size, 0-d.
         times: the time of each own stage, 0-d, in the state's real dtype, as the field saw it.
         state, next_state: ``y`` at its start and end; their norms where states are not kept, but for the first.
-        slopes: kept slopes by own stage.
+        slopes: kept slopes of the first own stages, shape ``(s, *y.shape)`` or longer, or None.
+        passed: the slope that later steps carry in, where that alone is kept, or None.
         carried: kept slopes that are carried in, latest first; empty where states are not kept.
         random: the random state before each own stage (and the closing slope), or empty.
         interpolated: the outputs inside the step, as a range.
@@ -138,7 +147,8 @@ class Step:
     times: Sequence[Tensor]
     state: Tensor
     next_state: Tensor
-    slopes: dict[int, Tensor]
+    slopes: Tensor | None
+    passed: Tensor | None
     carried: list[Tensor]
     random: Sequence[Tensor]
     interpolated: range
@@ -183,7 +193,7 @@ class Trajectory:
         self.has_states = recording.keep is not Keep.NORMS
         self.has_slopes = recording.keep is Keep.SLOPES
         self.is_random = any(entry.random for entry in recording.entries)
-        self.dtype = saved[self._final].dtype if self.has_states and self._final is not None else initial.dtype
+        self.dtype = recording.dtype or initial.dtype
         self.groups: dict[Tableau, list[int]] = {}
         for n, entry in enumerate(self._entries):
             self.groups.setdefault(entry.tableau, []).append(n)
@@ -220,8 +230,11 @@ class Trajectory:
 
     @functools.cached_property
     def _steps(self) -> list[Step]:
-        real = self.initial.dtype.to_real()
+        real = self.dtype.to_real()
         times = self.each(lambda tableau, start, size, end: stage_times(tableau, start, size, end, real))
+        stages = [row.unbind(0) for row in times]
+        if stages and self.initial.dtype != self.dtype:
+            stages[0] = (stages[0][0].to(self.initial.dtype.to_real()), *stages[0][1:])
         states = [self._state(n) for n in range(len(self) + 1)]
         sizes = self.size.detach().unbind(0)
         thetas = self.theta.split([entry.interpolated[1] - entry.interpolated[0] for entry in self._entries])
@@ -230,10 +243,11 @@ class Trajectory:
                 index=n,
                 tableau=entry.tableau,
                 size=sizes[n],
-                times=times[n].unbind(0),
+                times=stages[n],
                 state=states[n],
                 next_state=states[n + 1],
-                slopes={stage: self._saved[position] for stage, position in entry.slopes.items()},
+                slopes=self._at(entry.slopes),
+                passed=self._at(entry.passed),
                 carried=[self._passed(m) for m in carriers(n, entry.tableau)] if self.has_states else [],
                 random=[self._saved[position] for position in entry.random],
                 interpolated=range(*entry.interpolated),
@@ -243,17 +257,21 @@ class Trajectory:
             for n, entry in enumerate(self._entries)
         ]
 
+    def _at(self, position: int | None) -> Tensor | None:
+        return None if position is None else self._saved[position]
+
     def _passed(self, n: int) -> Tensor:
         entry = self._entries[n]
-        assert entry.tableau.passes is not None
-        return self._saved[entry.slopes[entry.tableau.passes]]
+        slopes, passed, stage = self._at(entry.slopes), self._at(entry.passed), entry.tableau.passes
+        assert stage is not None
+        if passed is not None:
+            return passed
+        assert slopes is not None
+        return slopes[stage]
 
     def _state(self, n: int) -> Tensor:
-        if n == 0:
-            return self.initial
-        position = self._final if n == len(self) else self._entries[n].state
-        assert position is not None
-        return self._saved[position]
+        state = self._at(self._final if n == len(self) else self._entries[n].state)
+        return self.initial if state is None else state
 
 
 def carriers(n: int, tableau: Tableau) -> range:

@@ -53,9 +53,10 @@ class _Workspace:
         self.checked_at = 0 if fresh is not rows else stages - 1
         self.products = rows[own:-1]
         self.after_carried = rows[own:]
-        self.stage = [row.view(shape) for row in rows[own:-1]]
+        self.stages = rows[own:-1].view(stages, *shape)
+        self.stage = self.stages.unbind(0)
         self.fresh_carried = fresh[first:own]
-        self.fresh_stage = [row.view(shape) for row in fresh[own:-1]]
+        self.fresh_stage = fresh[own:-1].view(stages, *shape).unbind(0)
         self.before_stage = [rows[first : own + i].t() for i in range(stages)]
         self.after_stage = [rows[own + i + 1 :].t() for i in range(stages)]
         # The parts of `_weights`, in its order.
@@ -83,8 +84,13 @@ class StageReplay:
             row.copy_(slope.reshape(-1))
         if work.fresh_carried is not work.carried and len(work.carried):
             work.fresh_carried.copy_(work.carried)
-        if step.slopes:
-            torch._foreach_copy_([work.stage[i] for i in step.slopes], list(step.slopes.values()))
+        self.kept = range(0)
+        if step.slopes is not None:
+            self.kept = range(min(self.stages, len(step.slopes)))
+            work.stages[: len(self.kept)].copy_(step.slopes[: len(self.kept)])
+        elif step.passed is not None and step.tableau.passes is not None:
+            self.kept = range(step.tableau.passes, step.tableau.passes + 1)
+            work.stage[step.tableau.passes].copy_(step.passed)
 
     def state(self, i: int) -> Tensor:
         """``Y_i = y + h * sum_j a_ij k_j``."""
@@ -174,7 +180,8 @@ def _sweep_stages(
     for i in reversed(range(replay.stages)):
         linearisation = linearised(i)
         if i == work.checked_at:
-            check.step(step.index, replay.next_state(), step.next_state.reshape(-1), step.size, work.slopes)
+            recorded, weight = step.next_state.reshape(-1), step.tableau.weight
+            check.step(step.index, replay.next_state(), recorded, step.size, work.slopes, weight)
             if wants_time:
                 cotangents.time_of_step(step, work.slopes, work.lam)
         product, product_t = linearisation.pull_back(replay.cotangent(i, outside.get(i)))

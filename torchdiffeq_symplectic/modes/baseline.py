@@ -62,7 +62,10 @@ def backpropagate(
         leading = [tensor for tensor in (initial, *times) if tensor.requires_grad]
         wanted = [*leading, *field.params]
         gate.closed = True
-        products = torch.autograd.grad(solution, wanted, outputs, create_graph=create_graph, allow_unused=True)
+        # The graph is kept for what lies outside of the solve: the field may close over results of other operations.
+        products = torch.autograd.grad(
+            solution, wanted, outputs, retain_graph=True, create_graph=create_graph, allow_unused=True
+        )
         gate.closed = False
     found = [
         torch.zeros_like(tensor) if product is None else product
@@ -115,8 +118,10 @@ class _Replay:
         for step in self._trajectory.forwards():
             self._states.append(state)
             state = self._advance(step, state)
-            if not self._trajectory.has_states:
-                self._check.norm(step.index, state.detach(), step.next_state)
+            recorded = step.next_state
+            if self._trajectory.has_states:
+                recorded = torch.linalg.vector_norm(recorded)
+            self._check.norm(step.index, state.detach(), recorded)
             if step.at_end is not None:
                 rows[step.at_end] = state
         for step in self._trajectory.forwards():
@@ -144,6 +149,7 @@ class _Replay:
         slopes = self._slopes[step.index]
         if step.tableau.closing is not None:
             slopes = [*slopes, self._slopes[step.index + 1][0]]
+        theta = theta.to(torch.promote_types(theta.dtype, self._field.dtype.to_real()))
         powers = [theta**power for power in range(len(step.tableau.dense))]
         weights = [
             sum(
@@ -158,7 +164,8 @@ class _Replay:
         self, state: Tensor, size: Tensor, weights: Sequence[float | Tensor], slopes: Sequence[Tensor]
     ) -> Tensor:
         total = state.to(self._field.dtype) if slopes else state
+        wide = size.to(torch.promote_types(size.dtype, self._field.dtype.to_real()))
         for weight, slope in zip(weights, slopes, strict=True):
             if isinstance(weight, Tensor) or weight:
-                total = total + (size * weight).to(self._field.dtype) * slope
+                total = total + (wide * weight).to(self._field.dtype) * slope
         return total

@@ -35,7 +35,7 @@ class Symplectic:
     def keeps(self, options: Mapping[str, object]) -> Keep:
         """What the recording must keep; ValueError for an unknown checkpoint."""
         checkpoint = options.get("checkpoint", "steps")
-        if checkpoint not in _KEEPS:
+        if checkpoint not in list(_KEEPS):
             raise ValueError(
                 f'adjoint_options["checkpoint"] must be one of {{"steps", "stages"}} for adjoint_method="symplectic", '
                 f"but is {checkpoint!r}"
@@ -49,6 +49,6 @@ class Symplectic:
 
 def _stages(replay: StageReplay) -> Callable[[int], Linearisation]:
     for i in range(replay.stages - 1):
-        if i not in replay.step.slopes:
+        if i not in replay.kept:
             replay.evaluate(i)
     return replay.linearise

@@ -111,19 +111,18 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
     def _record(self, old: Any, new: Any, k: Tensor, size: Tensor) -> None:
         recording, tableau = self._recording, self._tableau
-        slopes: dict[int, Tensor] = {}
+        slopes = passed = None
         if recording.keep is Keep.SLOPES:
-            shown = k.unbind(-1)
-            slopes = {i: shown[tableau.carried + i] for i in range(tableau.stages)}
+            slopes = k.movedim(-1, 0)[tableau.carried :]
         elif recording.keep is Keep.STATES and tableau.passes is not None:
             # A copy: a view would keep all slopes of the step.
-            slopes = {tableau.passes: k[..., tableau.carried + tableau.passes].clone()}
+            passed = k[..., tableau.carried + tableau.passes].clone()
         # The first slope is the last evaluation of the step before, unless it is carried in.
         draws, drew = self._listener.draws, self._listener.drew
         random = [*([] if tableau.carried else [self._first_draw]), *draws[: k.shape[-1] - 1]]
         random = random if drew or self._first_drew else []
         self._first_draw, self._first_drew = draws[-1], drew
-        recording.step(tableau, old.y1, slopes, random)
+        recording.step(tableau, old.y1, slopes=slopes, passed=passed, random=random)
         self._starts.append(old.t1)
         self._sizes.append(size)
         self._ends.append(new.t1)

@@ -150,18 +150,19 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         listener.start_step()
         change, slope = super()._step_func(func, t0, dt, t1, y0)
         tableau = self._tableau_used()
-        slopes: Mapping[int, Tensor] = {}
+        slopes = passed = None
         if self._recording.keep is Keep.SLOPES:
-            slopes = dict(enumerate(listener.slopes[: tableau.stages]))
+            slopes = torch.stack([found.expand_as(y0).to(change.dtype) for found in listener.slopes])
         elif self._recording.keep is Keep.STATES and tableau.passes is not None:
-            slopes = {tableau.passes: slope}
+            passed = slope
         drew = listener.drew
         if drew and tableau.closing is not None:
             raise NotImplementedError(
                 'options={"interp": "cubic"} cannot be differentiated exactly with a func that draws random numbers: '
                 'each output draws anew. Use interp="linear".'
             )
-        self._recording.step(tableau, y0, slopes, list(listener.draws) if drew else ())
+        random = list(listener.draws) if drew else []
+        self._recording.step(tableau, y0, slopes=slopes, passed=passed, random=random)
         self._new = (y0, change)
         if self._grid is None:
             self._starts.append(t0)

@@ -1,0 +1,136 @@
+"""What a gradient costs: field evaluations, counted exactly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import Net, count, each_mode, initial, loss_of, solve, times
+from torch import Tensor
+
+# Own stages of a step, where a stage that is the next step's first one counts once.
+FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+ADAPTIVE = {"dopri5": 6, "dopri8": 13, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 1}
+
+
+def backward_evaluations(mode: str, stages: int, steps: int) -> int:
+    """Each stage once; in symplectic all but the last of a step once more, to have the slopes."""
+    return (2 * stages - 1) * steps if mode == "symplectic" else stages * steps
+
+
+class Counting(Net):
+    """Counts the accepted steps as well; the field changes quickly at one time, so that steps are rejected there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.accepted = self.rejected = 0
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return super().forward(t, y) * (1 + 3 * torch.exp(-300 * (t - 0.6) ** 2))
+
+    def callback_accept_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+        self.accepted += 1
+
+    def callback_reject_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
+        self.rejected += 1
+
+
+def adaptive(method: str, **options: Any) -> dict[str, Any]:
+    return {"method": method, "rtol": 1e-3, "atol": 1e-4, "options": {"first_step": 0.5, **options}}
+
+
+def evaluations(mode: str, field: Net, t: Tensor, **settings: Any) -> tuple[int, int]:
+    """Those of the solve, those of backward."""
+    solutions: list[Tensor] = []
+    y0 = initial()
+    forward = count(field, lambda: solutions.append(solve(mode, field, y0, t, **settings)))
+    return forward, count(field, lambda: loss_of(solutions[0]).backward())
+
+
+@pytest.mark.parametrize("method", FIXED)
+@each_mode
+def test_fixed_grids(mode: str, method: str) -> None:
+    field, t, steps = Net(), times(0.0, 0.13, 0.17, 1.0), 10
+    settings = {"method": method, "options": {"step_size": 0.1}}
+    forward, backward = evaluations(mode, field, t, **settings)
+    assert forward == FIXED[method] * steps
+    assert forward == count(field, lambda: solve("backprop", field, initial(), t, **settings))
+    assert backward == backward_evaluations(mode, FIXED[method], steps)
+
+
+@pytest.mark.parametrize("method", FIXED)
+@each_mode
+def test_slopes_of_cubic_interpolation_are_those_of_the_next_step(mode: str, method: str) -> None:
+    field, t, steps = Net(), times(0.0, 0.13, 0.17, 0.42, 0.95, 0.97), 10
+    settings = {"method": method, "options": {"step_size": 0.1, "interp": "cubic"}}
+    forward, backward = evaluations(mode, field, t, **settings)
+    assert forward == count(field, lambda: solve("backprop", field, initial(), t, **settings))
+    # Only the last step has to evaluate the slope at its end itself: one stage more.
+    assert backward == backward_evaluations(mode, FIXED[method], steps - 1) + backward_evaluations(
+        mode, FIXED[method] + 1, 1
+    )
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+@each_mode
+def test_adaptive_steps(mode: str, method: str) -> None:
+    field, t, stages = Counting(), times(0.0, 0.2, 0.21, 0.22, 0.9, 1.0), ADAPTIVE[method]
+    forward, backward = evaluations(mode, field, t, **adaptive(method))
+    steps, rejected = field.accepted, field.rejected
+    assert steps > 1
+    assert rejected > 0
+    assert forward == 1 + stages * (steps + rejected)
+    assert forward == count(field, lambda: solve("backprop", field, initial(), t, **adaptive(method)))
+    # One slope more than those of the steps: the first step's first one, or the last step's last one.
+    assert backward == backward_evaluations(mode, stages, steps - 1) + backward_evaluations(mode, stages + 1, 1)
+    assert backward <= (2 if mode == "symplectic" else 1) * (stages * steps + 1)
+
+
+@pytest.mark.parametrize("jumps", [1, 3])
+@pytest.mark.parametrize("method", ["dopri5", "bosh3"])
+@each_mode
+def test_a_jump_costs_one_evaluation_where_an_output_needs_both_sides(mode: str, method: str, jumps: int) -> None:
+    field, t, stages = Counting(), times(0.0, 1.0), ADAPTIVE[method]
+    at = torch.linspace(0.2, 0.8, jumps + 2, dtype=torch.float64)[1:-1]
+    _, backward = evaluations(mode, field, t, **adaptive(method, jump_t=at))
+    # No output lies in the steps before the jumps, so nothing needs their last slopes.
+    steps = field.accepted
+    assert backward == backward_evaluations(mode, stages, steps - 1) + backward_evaluations(mode, stages + 1, 1)
+
+
+@each_mode
+def test_backward_does_not_cost_more_for_more_outputs(mode: str) -> None:
+    found = set()
+    for outputs in (2, 20, 200):
+        field = Counting()
+        _, backward = evaluations(mode, field, torch.linspace(0, 1, outputs, dtype=torch.float64), **adaptive("dopri5"))
+        found.add(backward)
+    assert len(found) == 1
+
+
+@each_mode
+def test_a_second_backward_costs_the_same(mode: str) -> None:
+    field = Net()
+    loss = loss_of(solve(mode, field, initial(), times(0.0, 1.0), options={"step_size": 0.25}))
+    first = count(field, lambda: loss.backward(retain_graph=True))
+    assert first == backward_evaluations(mode, 4, 4)
+    assert count(field, loss.backward) == first
+
+
+@pytest.mark.parametrize("wanted", ["y0", "parameters", "t"])
+@each_mode
+def test_fewer_inputs_do_not_cost_more(mode: str, wanted: str) -> None:
+    field = Net().requires_grad_(wanted == "parameters")
+    y0, t = initial().detach().requires_grad_(wanted == "y0"), times(0.0, 1.0).requires_grad_(wanted == "t")
+    loss = loss_of(solve(mode, field, y0, t, options={"step_size": 0.25}))
+    assert count(field, loss.backward) <= backward_evaluations(mode, 4, 4)
+
+
+@each_mode
+def test_one_output_time_costs_nothing(mode: str) -> None:
+    field, y0 = Net(), initial()
+    loss = loss_of(solve(mode, field, y0, times(0.3), options={}))
+    loss.backward()
+    assert field.evaluations == 0
+    assert y0.grad is not None

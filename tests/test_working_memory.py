@@ -1,0 +1,291 @@
+"""What a gradient costs: bytes, counted exactly. One state a step, one network use, and nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from harness import MODES, Net, each_mode, initial, solve, times
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
+
+BATCH, WIDTH = 64, 32
+STATE = BATCH * WIDTH * 8  # bytes
+
+
+class Cheap(nn.Module):
+    """Hardly a graph at all: the state is what is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.linspace(-1, 0.5, WIDTH, dtype=torch.float64))
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return y * self.rate
+
+
+class Linear(nn.Module):
+    """A field whose graph saves nothing but its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.float64)
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.matrix(y)
+        return result
+
+
+FIELDS: dict[str, Callable[[], nn.Module]] = {
+    "network": lambda: Net(WIDTH, 4 * WIDTH),
+    "small network": lambda: Net(WIDTH, 3),
+    "cheap": Cheap,
+    "linear": Linear,
+}
+FIXED = ("euler", "midpoint", "heun3", "rk4")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
+
+
+def steps_of(method: str, steps: int) -> dict[str, Any]:
+    """Settings with which ``method`` takes ``steps`` equal steps from 0 to 1."""
+    if method in FIXED:
+        return {"method": method, "options": {"step_size": 1 / steps}}
+    size = (1 + 1e-9) / steps
+    return {"method": method, "rtol": 1e6, "atol": 1e6, "options": {"first_step": size, "max_step": size}}
+
+
+def problem(name: str, mode: str, method: str, steps: int, **arguments: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    """A solve of ``steps`` steps, measured once before so that what is computed once for good is there; its leaves."""
+    field, y0, t = FIELDS[name](), initial(BATCH, WIDTH), times(0.0, 1.0)
+    settings = {**steps_of(method, steps), **arguments}
+
+    def run() -> Tensor:
+        if mode == "upstream":
+            result: Tensor = torchdiffeq.odeint_adjoint(field, y0, t, **settings, adjoint_options=settings["options"])
+        else:
+            result = solve(mode, field, y0, t, **settings)
+        return result
+
+    leaves = [y0, *field.parameters()]
+    torch.autograd.grad(run().sum(), leaves)
+    return run, leaves
+
+
+def peak(name: str, mode: str, method: str, steps: int) -> int:
+    run, leaves = problem(name, mode, method, steps)
+    return peak_bytes(lambda: torch.autograd.grad(run().sum(), leaves), "cpu")
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "dopri8", "bosh3", "euler"])
+@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+def test_peak_grows_by_one_state_a_step(mode: str, method: str) -> None:
+    few, many = (peak("network", mode, method, steps) for steps in (10, 50))
+    assert (many - few) / 40 / STATE <= 1.1
+
+
+@pytest.mark.parametrize("method", ["fehlberg2", "adaptive_heun"])
+def test_peak_grows_by_two_states_where_a_slope_is_carried(method: str) -> None:
+    few, many = (peak("network", "symplectic", method, steps) for steps in (10, 50))
+    assert (many - few) / 40 / STATE <= 2.1
+
+
+@pytest.mark.parametrize(("method", "stages"), [("rk4", 4), ("dopri5", 6), ("dopri8", 13)])
+def test_peak_of_kept_stages_grows_by_a_state_and_its_slopes(method: str, stages: int) -> None:
+    few, many = (peak("network", "stages", method, steps) for steps in (10, 50))
+    # The host keeps the slopes of an adaptive step in one block, the one carried in among them.
+    assert (many - few) / 40 / STATE <= stages + 1.1 + (method != "rk4")
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "dopri8"])
+@pytest.mark.parametrize("steps", [4, 40])
+def test_above_the_checkpoints_less_than_upstreams_adjoint(method: str, steps: int) -> None:
+    checkpoints = steps * STATE
+    assert peak("network", "symplectic", method, steps) - checkpoints < peak("network", "upstream", method, steps)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("method", [*FIXED, *ADAPTIVE])
+def test_symplectic_needs_no_more_than_aca_and_that_less_than_baseline(method: str, name: str) -> None:
+    for steps in (1, 30):
+        symplectic, aca, baseline = (peak(name, mode, method, steps) for mode in ("symplectic", "aca", "baseline"))
+        assert symplectic <= aca
+        if steps > 1 and name != "linear":
+            assert aca < baseline
+
+
+@pytest.mark.parametrize("steps", [2, 20])
+def test_symplectic_needs_less_than_aca_by_the_graphs_of_the_other_stages(steps: int) -> None:
+    hidden = BATCH * 4 * WIDTH * 8  # bytes that the graph of one stage keeps at least: tanh's value
+    assert peak("network", "aca", "rk4", steps) - peak("network", "symplectic", "rk4", steps) > 2.5 * hidden
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5", "dopri8"])
+@pytest.mark.parametrize(("mode", "states"), [("symplectic", 1), ("aca", 1), ("baseline", 0)])
+def test_the_solve_alone_keeps_one_state_a_step(mode: str, states: int, method: str) -> None:
+    steps = 40
+    run, _ = problem("network", mode, method, steps)
+    solution = 2 * STATE
+    kept = (live_bytes(run, "cpu") - solution) / STATE
+    assert states * (steps - 1) <= kept <= 1.1 * states * steps + 1.1
+
+
+@pytest.mark.parametrize("mode", ["symplectic", "aca", "baseline"])
+def test_rejected_steps_keep_nothing(mode: str) -> None:
+    net, counts = Net(WIDTH, 8), {"accepted": 0, "rejected": 0}
+
+    class Sharp(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+            result: Tensor = self.net(t, y) * (1 + 10 * torch.exp(-1000 * (t - 0.6) ** 2))
+            return result
+
+        def callback_accept_step(self, *args: object) -> None:
+            counts["accepted"] += 1
+
+        def callback_reject_step(self, *args: object) -> None:
+            counts["rejected"] += 1
+
+    field, y0, t = Sharp(), initial(BATCH, WIDTH), times(0.0, 1.0)
+    settings = {"rtol": 1e-4, "atol": 1e-4, "options": {"first_step": 0.9}}
+    solve(mode, field, y0, t, "dopri5", **settings)
+    accepted = counts["accepted"]
+    assert counts["rejected"] > accepted / 4
+    kept = live_bytes(lambda: solve(mode, field, y0, t, "dopri5", **settings), "cpu")
+    assert kept / STATE < 1.1 * accepted + 2 + 1
+
+
+def tuple_state(t: Tensor, y: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return y[0].sin() * 0.5, y[0].sum(-1) - y[1]
+
+
+def train(mode: str, field: Any, y0: Any, leaves: list[Tensor], **settings: Any) -> object:
+    """One iteration; returns the solution, which the caller still holds."""
+    result = solve(mode, field, y0, times(0.0, 0.3, 1.0), adjoint_params=tuple(leaves), **settings)
+    solution = result[1] if "event_fn" in settings else result
+    parts = solution if isinstance(solution, tuple) else (solution,)
+    torch.stack([part.square().sum() for part in parts]).sum().backward()
+    return result
+
+
+EVENT: dict[str, Any] = {"event_fn": lambda t, y: y.sum() * 0 + t - 0.55}
+CASES: dict[str, dict[str, Any]] = {
+    "rk4": {"method": "rk4", "options": {"step_size": 0.05}},
+    "rk4 cubic": {"method": "rk4", "options": {"step_size": 0.07, "interp": "cubic"}},
+    "dopri5": {"solver": "dopri5"},
+    "dopri8": {"solver": "dopri5", "method": "dopri8"},
+    "adaptive_heun": {"solver": "adaptive_heun"},
+    "explicit_adams": {"method": "explicit_adams", "options": {"step_size": 0.05}},
+    "implicit_adams": {"method": "implicit_adams", "options": {"step_size": 0.05}, "rtol": 1e-3, "atol": 1e-3},
+    "tuple": {"solver": "dopri5", "tuple": True},
+    "tuple rk4": {"method": "rk4", "options": {"step_size": 0.05}, "tuple": True},
+    "event": {"solver": "dopri5", **EVENT},
+    "event rk4": {"method": "rk4", "options": {"step_size": 0.05}, **EVENT},
+    "moving times": {"solver": "dopri5", "time": True},
+    "retained": {"solver": "dopri5", "replay_check": "ignore"},
+}
+
+
+def case(name: str, mode: str) -> tuple[Callable[[], object], list[Tensor]]:
+    settings = dict(CASES[name])
+    field: Any = Net(WIDTH, 8)
+    y0: Any = initial(BATCH, WIDTH)
+    leaves = [*field.parameters()]
+    starts = [y0]
+    if settings.pop("tuple", False):
+        field, leaves, y0 = tuple_state, [], (y0, initial(BATCH))
+        starts = list(y0)
+    if settings.pop("time", False):
+        base = torch.ones((), dtype=torch.float64, requires_grad=True)
+        inner, starts = field, [*starts, base]
+        t = times(0.0, 0.3, 1.0)
+
+        def run_times() -> object:
+            result = solve(mode, inner, y0, t * base, settings["solver"])
+            result.square().sum().backward()
+            return result
+
+        return run_times, [*starts, *leaves]
+    if check := settings.pop("replay_check", None):
+        settings["adjoint_options"] = {"replay_check": check}
+    if "event_fn" in settings:
+        return lambda: train_event(mode, field, y0, settings), [*starts, *leaves]
+    return lambda: train(mode, field, y0, leaves, **settings), [*starts, *leaves]
+
+
+def train_event(mode: str, field: Any, y0: Tensor, settings: dict[str, Any]) -> object:
+    event_t, solution = solve(mode, field, y0, times(0.0, 1.0), **settings)
+    solution.square().sum().backward()
+    return event_t, solution
+
+
+def bytes_of(result: Any) -> int:
+    parts = result if isinstance(result, tuple) else (result,)
+    return sum(part.untyped_storage().nbytes() for part in {part.data_ptr(): part for part in parts}.values())
+
+
+@pytest.mark.parametrize("name", CASES)
+@each_mode
+def test_after_backward_only_gradients_are_alive(mode: str, name: str) -> None:
+    run, leaves = case(name, mode)
+    result = run()
+    held = bytes_of(result)
+    if isinstance(result, tuple) and len({part.untyped_storage().data_ptr() for part in result}) == 1:
+        held = result[0].untyped_storage().nbytes()
+    del result
+    gradients = sum(leaf.nbytes for leaf in leaves)
+
+    def clean() -> None:
+        for leaf in leaves:
+            leaf.grad = None
+
+    clean()
+    assert live_bytes(run, "cpu") == held + gradients
+    clean()
+
+    def iterations() -> None:
+        for _ in range(4):
+            clean()
+            run()
+
+    assert live_bytes(iterations, "cpu") == gradients
+
+
+@each_mode
+def test_a_loss_that_is_held_holds_nothing_else(mode: str) -> None:
+    net, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
+    solve(mode, net, y0, times()).sum().backward()
+    y0.grad = None
+    net.zero_grad()
+
+    def run() -> Tensor:
+        loss: Tensor = solve(mode, net, y0, times()).sum()
+        loss.backward()
+        return loss
+
+    assert live_bytes(run, "cpu") == 8 + y0.nbytes + sum(parameter.nbytes for parameter in net.parameters())
+
+
+@each_mode
+def test_a_solve_that_fails_keeps_nothing(mode: str) -> None:
+    net, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        if t > 0.5:
+            raise ArithmeticError
+        result: Tensor = net(t, y)
+        return result
+
+    def run() -> None:
+        with pytest.raises(ArithmeticError):
+            solve(mode, field, y0, times(), adjoint_params=tuple(net.parameters()))
+
+    run()
+    assert live_bytes(run, "cpu") == 0
+    assert set(MODES)
