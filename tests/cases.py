@@ -156,7 +156,7 @@ def loss_of(solution: State) -> Tensor:
 
 def gradients_of(loss: Tensor, wanted: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """The gradients by name, None for tensors that the loss does not depend on."""
-    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True, retain_graph=True)
     return dict(zip(wanted, found, strict=True))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,8 +19,6 @@ from cases import (
     each_kind,
     each_method,
     each_mode,
-    gradients_of,
-    loss_of,
     mixing_problem,
     uniform,
     with_and_without_time,
@@ -271,22 +268,3 @@ def test_frozen_and_unused_parameters(mode: str, method: str) -> None:
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
     assert problem.func.bias.grad is None
     assert problem.func.weight.grad is not None
-
-
-@pytest.mark.parametrize("make_params", [tuple, list, iter, lambda params: (param for param in params)])
-@each_mode
-def test_adjoint_params_of_any_iterable(mode: str, make_params: Callable[[Any], Any]) -> None:
-    problem = mixing_problem()
-    assert isinstance(problem.func, Mixing)
-    wanted = problem.wanted()
-    truth = gradients_of(loss_of(torchdiffeq.odeint(problem.func, problem.y0, problem.t, **METHODS["rk4"])), wanted)
-    found = torchdiffeq.odeint_adjoint(
-        lambda t, y: problem.func(t, y),
-        problem.y0,
-        problem.t,
-        adjoint_params=make_params(list(problem.func.parameters())),
-        **METHODS["rk4"],
-        **MODES[mode],
-    )
-    for name, gradient in gradients_of(loss_of(found), wanted).items():
-        torch.testing.assert_close(gradient, truth[name], rtol=1e-11, atol=1e-13)

@@ -92,12 +92,12 @@ class Cotangents:
         ``slopes`` are the carried and own ones, shape ``(q + s, n)``; ``lam`` is the cotangent of the new state.
         """
         _, b, _ = self._constants(step.tableau)
-        self._size[step.index] = self._size.get(step.index, 0) + _dot(lam, b.to(slopes.dtype) @ slopes)
+        self._grow(self._size, step, _dot(lam, b.to(slopes.dtype) @ slopes))
         if step.interpolated:
             every = slopes if step.tableau.closing is None else torch.cat([slopes, self._first_slope[None]])  # type: ignore[index]
             inside = self.inside(step)
             moved, rate = (matrix.to(every.dtype) @ every for matrix in (self._weights(step), self._rates(step)))
-            self._size[step.index] += _dot(inside.reshape(-1), moved.reshape(-1))
+            self._grow(self._size, step, _dot(inside.reshape(-1), moved.reshape(-1)))
             self._theta[step.index] = (inside.conj() * rate).sum(1).real * step.size
         earlier = self._trajectory.before(step)
         if earlier is not None and earlier.interpolated and step.tableau.continues(earlier.tableau):
@@ -107,10 +107,10 @@ class Cotangents:
         """What stage ``i`` says: its state ``y`` moves with the step's size, its time with start and size."""
         if product is not None:
             moved = (y.detach() - step.state) / step.size
-            self._size[step.index] = self._size.get(step.index, 0) + _dot(product.reshape(-1), moved.reshape(-1))
+            self._grow(self._size, step, _dot(product.reshape(-1), moved.reshape(-1)))
         if product_t is not None:
-            self._start[step.index] = self._start.get(step.index, 0) + product_t
-            self._size[step.index] = self._size[step.index] + step.tableau.c[i] * product_t
+            self._grow(self._start, step, product_t)
+            self._grow(self._size, step, step.tableau.c[i] * product_t)
 
     def gradients(self, lam: Tensor, params: Sequence[Tensor]) -> Gradients:
         """The result, once every step is swept; ``lam`` is the cotangent of the first step's initial state."""
@@ -127,6 +127,10 @@ class Cotangents:
             parts = [self._theta[n] for n in sorted(self._theta)]
             gradients.theta = torch.cat(parts).to(trajectory.theta.dtype) if parts else None
         return gradients
+
+    @staticmethod
+    def _grow(totals: dict[int, Tensor], step: Step, term: Tensor) -> None:
+        totals[step.index] = totals[step.index] + term if step.index in totals else term
 
     def _defer(self, n: int, cotangent: Tensor) -> None:
         self._pending[n] = self._pending[n] + cotangent if n in self._pending else cotangent.clone()
@@ -151,7 +155,7 @@ class Cotangents:
         return (powers * theta ** (powers - 1).clamp(min=0)) @ dense
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _constants(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """``dense``, shape ``(powers, columns)``, ``b`` and the exponents of the powers as tensors."""
     dense = torch.tensor(tableau.dense, dtype=dtype, device=device)

@@ -17,7 +17,7 @@ __all__ = ["vector_jacobian_product"]
 _run = getattr(torch.autograd.graph, "_engine_run_backward", None)  # since torch 2.3
 
 
-def vector_jacobian_product(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> Sequence[Tensor | None]:
+def vector_jacobian_product(output: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Sequence[Tensor | None]:
     """``cotangent`` times the Jacobian of ``output`` in each of ``inputs``, None for zero; the graph is kept.
 
     Args:
@@ -26,8 +26,8 @@ def vector_jacobian_product(output: Tensor, inputs: Sequence[Tensor], cotangent:
         cotangent: of the shape and dtype of ``output``.
     """
     if _run is None:
-        return torch.autograd.grad(output, tuple(inputs), cotangent, retain_graph=True, allow_unused=True)
+        return torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
     products: Sequence[Tensor | None] = _run(
-        (output,), (cotangent,), True, False, tuple(inputs), allow_unreachable=True, accumulate_grad=False
+        (output,), (cotangent,), True, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return products

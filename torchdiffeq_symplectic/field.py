@@ -92,12 +92,13 @@ class Field:
             return None
         if not self._nodes:
             self._nodes = self._locate_params()
-        edges = [torch.autograd.graph.get_gradient_edge(tensor) for tensor in (slope, *known) if tensor.requires_grad]
-        found, others = reachable([edges[0].node], {**self._nodes, **{edge.node: () for edge in edges[1:]}})
+        node_of = torch.autograd.graph.get_gradient_edge
         if not self._checked:
             self._checked = True
+            stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
+            _, others = reachable([node_of(slope).node], {**self._nodes, **stops})
             report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
-        return None if few else sorted(found)
+        return None if few else sorted(reachable([node_of(slope).node], self._nodes)[0])
 
     def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:
         """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""
@@ -133,16 +134,19 @@ class Linearisation:
         field, slope = self._field, self.slope
         if not slope.requires_grad:
             return None, None
+        params, totals = field.params, field.param_grads
         chosen = field.params_in(slope, (self.y, self._t))
-        params = field.params if chosen is None else [field.params[i] for i in chosen]
+        if chosen is not None:
+            params, totals = tuple(params[i] for i in chosen), [totals[i] for i in chosen]
         leading = (self.y, self._t) if field.wants_time else (self.y,)
         grads = vector_jacobian_product(slope, (*leading, *params), cotangent)
-        product, product_t = grads[0], grads[1] if field.wants_time else None
-        totals = field.param_grads if chosen is None else [field.param_grads[i] for i in chosen]
-        used = [(total, grad) for total, grad in zip(totals, grads[len(leading) :], strict=True) if grad is not None]
-        if used:
-            torch._foreach_add_(*zip(*used, strict=True))
-        return product, product_t
+        products = [grad for grad in grads[len(leading) :] if grad is not None]
+        if products:
+            if len(products) < len(totals):
+                used = zip(totals, grads[len(leading) :], strict=True)
+                totals = [total for total, grad in used if grad is not None]
+            torch._foreach_add_(totals, products)
+        return grads[0], grads[1] if field.wants_time else None
 
 
 def reachable(

@@ -69,12 +69,17 @@ class Tableau:
         """Number of own stages, each one field evaluation."""
         return len(self.c)
 
+    @property
+    def layout(self) -> tuple[int, int]:
+        """Numbers of carried and own slopes."""
+        return self.carried, self.stages
+
     @functools.cached_property
     def weight(self) -> float:
         """The sum of the absolute weights of the new state: how much rounding errors of slopes are amplified."""
         return sum(map(abs, self.b))
 
-    @functools.cache  # noqa: B019
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
     def starting(self, side: int) -> Tableau:
         """The same step with its first own stage evaluated from ``side``."""
         return dataclasses.replace(self, sides=(side, *self.sides[1:]))

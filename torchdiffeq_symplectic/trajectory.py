@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from torchdiffeq_symplectic.tableau import Tableau
 
 __all__ = ["Keep", "Recording", "Step", "Trajectory", "carriers", "stage_times"]
+
+T = TypeVar("T")
 
 
 class Keep(enum.Enum):
@@ -213,26 +216,24 @@ class Trajectory:
         """The step before ``step``, or None."""
         return self._steps[step.index - 1] if step.index else None
 
-    def each(self, rows: Callable[[Tableau, Tensor, Tensor, Tensor], Tensor]) -> list[Tensor]:
+    def each(self, rows: Callable[[Tableau, Tensor, Tensor, Tensor], Iterable[T]]) -> list[T]:
         """What ``rows(tableau, start, size, end)`` has for each step, computed for all steps of a tableau at once.
 
-        ``start``, ``size`` and ``end`` have shape ``(n,)``, the result shape ``(n, ...)``; no graph is built.
+        ``start``, ``size`` and ``end`` have shape ``(n,)``, without a graph; the result yields ``n`` things.
         """
-        result: list[Tensor] = [self.start] * len(self)
+        result: dict[int, T] = {}
         times = [times.detach() for times in (self.start, self.size, self.end)]
         for tableau, members in self.groups.items():
             chosen: slice | Tensor = slice(members[0], members[-1] + 1)
             if members[-1] - members[0] >= len(members):
                 chosen = torch.tensor(members, device=self.start.device)
-            for n, row in zip(members, rows(tableau, *[vector[chosen] for vector in times]).unbind(0), strict=True):
-                result[n] = row
-        return result
+            result.update(zip(members, rows(tableau, *[vector[chosen] for vector in times]), strict=True))
+        return [result[n] for n in range(len(self))]
 
     @functools.cached_property
     def _steps(self) -> list[Step]:
         real = self.dtype.to_real()
-        times = self.each(lambda tableau, start, size, end: stage_times(tableau, start, size, end, real))
-        stages = [row.unbind(0) for row in times]
+        stages = self.each(functools.partial(stage_times, real))
         if stages and self.initial.dtype != self.dtype:
             stages[0] = (stages[0][0].to(self.initial.dtype.to_real()), *stages[0][1:])
         states = [self._state(n) for n in range(len(self) + 1)]
@@ -279,8 +280,10 @@ def carriers(n: int, tableau: Tableau) -> range:
     return range(n - 1, n - 1 - tableau.carried, -1)
 
 
-def stage_times(tableau: Tableau, start: Tensor, size: Tensor, end: Tensor, dtype: torch.dtype) -> Tensor:
-    """Times of the own stages of ``n`` steps that share a tableau, shape ``(n, s)``, in the state's real ``dtype``.
+def stage_times(
+    dtype: torch.dtype, tableau: Tableau, start: Tensor, size: Tensor, end: Tensor
+) -> Iterable[tuple[Tensor, ...]]:
+    """Times of the own stages of steps that share a tableau, ``s`` 0-d ones each, in the state's real ``dtype``.
 
     As the hosts do: computed in the dtype of the times, cast, then moved to the neighbouring float where asked.
     """
@@ -288,10 +291,10 @@ def stage_times(tableau: Tableau, start: Tensor, size: Tensor, end: Tensor, dtyp
     times = torch.where(nodes == 1.0, end[:, None], start[:, None] + nodes * size[:, None]).to(dtype)
     if any(tableau.sides):
         times = torch.where(sides != 0, torch.nextafter(times, times + sides), times)
-    return times
+    return zip(*(column.unbind(0) for column in times.unbind(1)), strict=True)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _clock(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """The tableau's nodes and sides as tensors, shape ``(s,)``."""
     return torch.tensor(tableau.c, dtype=dtype, device=device), torch.tensor(tableau.sides, device=device)

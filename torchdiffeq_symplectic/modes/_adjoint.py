@@ -19,7 +19,7 @@ The modes that sweep differ in one thing: when the graphs of the stages are buil
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -67,15 +67,14 @@ class _Workspace:
 class StageReplay:
     """One step being replayed: its stage states, and its slopes in the workspace."""
 
-    def __init__(self, step: Step, field: Field, work: _Workspace, scaled: Tensor) -> None:
+    def __init__(self, step: Step, field: Field, work: _Workspace, scaled: Sequence[Tensor]) -> None:
         self.step = step
         self.field = field
         self.work = work
         self.stages = step.tableau.stages
-        parts = scaled.split(work.sizes)
-        self._before = parts[: self.stages]
-        self._after = parts[self.stages : 2 * self.stages]
-        self._carried, self._new = parts[-2:]
+        self._before = scaled[: self.stages]
+        self._after = scaled[self.stages : 2 * self.stages]
+        self._carried, self._new = scaled[-2:]
         self._evaluated: set[int] = set()
         self._flat = step.state.reshape(-1)
         if self._flat.dtype != field.dtype:
@@ -146,13 +145,12 @@ def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCh
     rows = torch.zeros(depth + 1, field.shape.numel(), dtype=field.dtype, device=trajectory.initial.device)
     fresh = torch.zeros_like(rows) if trajectory.has_slopes else rows
     work = {
-        layout: _Workspace(rows, fresh, *layout, field.shape)
-        for layout in {(tableau.carried, tableau.stages) for tableau in tableaus}
+        layout: _Workspace(rows, fresh, *layout, field.shape) for layout in {tableau.layout for tableau in tableaus}
     }
-    scaled = trajectory.each(lambda tableau, start, size, end: _scaled(tableau, size, field.dtype))
+    scaled = _scaled(trajectory, {layout: space.sizes for layout, space in work.items()})
     lam = rows[-1]
     for step in trajectory.backwards():
-        space = work[step.tableau.carried, step.tableau.stages]
+        space = work[step.tableau.layout]
         replay = StageReplay(step, field, space, scaled[step.index])
         if step.at_end is not None:
             lam.add_(cotangents.of_output(step.at_end))
@@ -191,15 +189,22 @@ def _sweep_stages(
             work.stage[i].zero_()
         else:
             work.stage[i].copy_(product)
+        del linearisation  # else its graph lived on while the next one is built
 
 
-def _scaled(tableau: Tableau, size: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights times the step sizes, shape ``(n, weights)``, in the wider dtype of the two, then cast."""
-    wide = size.to(torch.promote_types(size.dtype, dtype.to_real()))
-    return (wide[:, None] * _weights(tableau, wide.dtype, wide.device)).to(dtype)
+def _scaled(trajectory: Trajectory, sizes: Mapping[tuple[int, int], Sequence[int]]) -> list[tuple[Tensor, ...]]:
+    """The parts of `_weights`, of these sizes, times each step's size, in the wider dtype of the two, then cast."""
+
+    def rows(tableau: Tableau, start: Tensor, size: Tensor, end: Tensor) -> Iterable[tuple[Tensor, ...]]:
+        wide = size.to(torch.promote_types(size.dtype, trajectory.dtype.to_real()))
+        products = (wide[:, None] * _weights(tableau, wide.dtype, wide.device)).to(trajectory.dtype)
+        parts = products.split(list(sizes[tableau.layout]), dim=1)
+        return zip(*(part.unbind(0) for part in parts), strict=True)
+
+    return trajectory.each(rows)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Each stage's a_ij, j before it; each stage's a_ji and b_i, j after it; the same for carried slopes; all of b."""
     q = tableau.carried

@@ -154,7 +154,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         if self._recording.keep is Keep.SLOPES:
             slopes = torch.stack([found.expand_as(y0).to(change.dtype) for found in listener.slopes])
         elif self._recording.keep is Keep.STATES and tableau.passes is not None:
-            passed = slope
+            passed = slope.expand_as(y0)
         drew = listener.drew
         if drew and tableau.closing is not None:
             raise NotImplementedError(

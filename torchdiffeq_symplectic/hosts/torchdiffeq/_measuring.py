@@ -65,6 +65,9 @@ def options_of(solver: type) -> frozenset[str]:
     return frozenset(name for cls in classes for name in inspect.signature(cls).parameters)
 
 
+# How many measurements are remembered; an unknown option that differs with every call must not fill the memory.
+_REMEMBERED = 256
+
 _cache: dict[Hashable, tuple[object, Any]] = {}
 
 
@@ -73,11 +76,13 @@ def cached(solver: type, options: Mapping[str, object], base: type, extra: Hasha
 
     Options of ``base``, torchdiffeq's own class, do not change the coefficients, except those named in ``extra``.
     """
-    relevant = tuple((name, value) for name, value in options.items() if name not in options_of(base))
+    relevant = tuple((name, value) for name, value in options.items() if name not in options_of(base) | {"norm"})
     parts = [getattr(solver, name, None) for name in ("tableau", "mid", "_step_func", "_adaptive_step", "_interp_fit")]
     key = (solver, tuple(map(id, parts)), relevant, extra)
     try:
         if key not in _cache:
+            while len(_cache) >= _REMEMBERED:
+                del _cache[next(iter(_cache))]
             _cache[key] = (parts, measuring(run))  # the parts are kept alive so that their ids stay theirs
     except TypeError:  # an option that cannot be hashed
         return measuring(run)
