@@ -79,7 +79,8 @@ def test_the_cache_of_the_region_still_serves_other_uses_of_the_module(mode: str
     parameters = list(net.parameters())
 
     def direct() -> Tensor:
-        return net(t[1], y0.detach()).float().square().sum()
+        result: Tensor = net(t[1], y0.detach()).float().square().sum()
+        return result
 
     with region():
         expected = torch.autograd.grad(direct(), parameters)

@@ -52,7 +52,7 @@ def evaluations(mode: str, field: Net, t: Tensor, **settings: Any) -> tuple[int,
 @each_mode
 def test_fixed_grids(mode: str, method: str) -> None:
     field, t, steps = Net(), times(0.0, 0.13, 0.17, 1.0), 10
-    settings = {"method": method, "options": {"step_size": 0.1}}
+    settings: dict[str, Any] = {"method": method, "options": {"step_size": 0.1}}
     forward, backward = evaluations(mode, field, t, **settings)
     assert forward == FIXED[method] * steps
     assert forward == count(field, lambda: solve("backprop", field, initial(), t, **settings))
@@ -63,7 +63,7 @@ def test_fixed_grids(mode: str, method: str) -> None:
 @each_mode
 def test_slopes_of_cubic_interpolation_are_those_of_the_next_step(mode: str, method: str) -> None:
     field, t, steps = Net(), times(0.0, 0.13, 0.17, 0.42, 0.95, 0.97), 10
-    settings = {"method": method, "options": {"step_size": 0.1, "interp": "cubic"}}
+    settings: dict[str, Any] = {"method": method, "options": {"step_size": 0.1, "interp": "cubic"}}
     forward, backward = evaluations(mode, field, t, **settings)
     assert forward == count(field, lambda: solve("backprop", field, initial(), t, **settings))
     # Only the last step has to evaluate the slope at its end itself: one stage more.

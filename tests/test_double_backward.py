@@ -31,11 +31,11 @@ def test_gradient_penalty(mode: str, solver: str) -> None:
 @each_mode
 def test_gradient_penalty_of_one_input(mode: str, name: str) -> None:
     net, y0, t = Net(), initial(), times().requires_grad_()
-    chosen = {"y0": [y0], "t": [t], "parameters": list(net.parameters())}[name]
+    inputs: dict[str, list[Tensor]] = {"y0": [y0], "t": [t], "parameters": list(net.parameters())}
 
     def run(mode: str) -> list[Tensor]:
         loss = loss_of(solve(mode, net, y0, t))
-        first = torch.autograd.grad(loss, chosen, create_graph=True)
+        first = torch.autograd.grad(loss, inputs[name], create_graph=True)
         penalty = sum((loss_of(gradient) for gradient in first), torch.zeros(()))
         return list(torch.autograd.grad(penalty, [y0, t, *net.parameters()]))
 
@@ -76,7 +76,8 @@ def test_hessian_vector_product(mode: str) -> None:
     direction = torch.linspace(-1, 2, y0.numel(), dtype=y0.dtype).reshape(y0.shape)
 
     def run(mode: str) -> Tensor:
-        return torch.autograd.functional.hvp(lambda y: loss_of(solve(mode, net, y, t)), y0, direction)[1]
+        product: Tensor = torch.autograd.functional.hvp(lambda y: loss_of(solve(mode, net, y, t)), y0, direction)[1]
+        return product
 
     assert error([run(mode)], [run("backprop")]) < EXACT
 

@@ -143,7 +143,7 @@ def test_the_packages_own_function_needs_no_registration(mode: str) -> None:
 @pytest.mark.usefixtures("unregistered")
 def test_unregistered_torchdiffeq_knows_nothing_of_the_modes() -> None:
     loss = torchdiffeq.odeint_adjoint(Net(), initial(), times(), method="rk4", adjoint_method="symplectic").sum()
-    with pytest.raises(ValueError, match='^Invalid method "symplectic"'):
+    with pytest.raises(ValueError, match=r'^Invalid method "symplectic"'):
         loss.backward()
 
 

@@ -55,9 +55,7 @@ def test_bare_parameter_through_the_early_bound_function(mode: str, bare: Tensor
 @each_mode
 def test_captured_leaf_in_no_list(mode: str, entry: str) -> None:
     net, forgotten = Net(), torch.full((3,), 0.5, dtype=torch.float64, requires_grad=True)
-    loss = loss_of(
-        call(entry, mode, lambda t, y: net(t, y) * forgotten, adjoint_params=tuple(net.parameters()))
-    )
+    loss = loss_of(call(entry, mode, lambda t, y: net(t, y) * forgotten, adjoint_params=tuple(net.parameters())))
     with pytest.warns(MissingGradientWarning, match=r"1 tensor\(s\) that require a gradient .*\(3,\)") as caught:
         loss.backward()
     assert len(caught) == 1
@@ -121,7 +119,7 @@ def test_no_params_with_a_module_is_a_choice(mode: str, entry: str, needs: bool)
 @each_mode
 def test_captured_tensors_without_gradient_are_no_oversight(mode: str, entry: str) -> None:
     net, fixed = Net(), torch.ones(3, dtype=torch.float64)
-    net.rate.requires_grad_(requires_grad=False)
+    net.rate.requires_grad_(False)
     y0 = initial()
     loss_of(call(entry, mode, lambda t, y: net(t, y) * fixed, y0=y0, adjoint_params=tuple(net.parameters()))).backward()
     assert net.rate.grad is None

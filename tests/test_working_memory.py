@@ -58,7 +58,9 @@ def steps_of(method: str, steps: int) -> dict[str, Any]:
     return {"method": method, "rtol": 1e6, "atol": 1e6, "options": {"first_step": size, "max_step": size}}
 
 
-def problem(name: str, mode: str, method: str, steps: int, **arguments: Any) -> tuple[Callable[[], Tensor], list[Tensor]]:
+def problem(
+    name: str, mode: str, method: str, steps: int, **arguments: Any
+) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A solve of ``steps`` steps, measured once before so that what is computed once for good is there; its leaves."""
     field, y0, t = FIELDS[name](), initial(BATCH, WIDTH), times(0.0, 1.0)
     settings = {**steps_of(method, steps), **arguments}
@@ -236,7 +238,11 @@ CASES: dict[str, tuple[Callable[..., Training], str, dict[str, Any]]] = {
     "dopri8": (of_a_tensor, "dopri5", {"method": "dopri8", **LOOSE}),
     "adaptive_heun": (of_a_tensor, "adaptive_heun", {"rtol": 0.1, "atol": 0.1}),
     "explicit_adams": (of_a_tensor, "rk4", {"method": "explicit_adams"}),
-    "implicit_adams": (of_a_tensor, "rk4", {"method": "implicit_adams", "options": {"step_size": 0.04}, "rtol": 0.1, "atol": 0.1}),
+    "implicit_adams": (
+        of_a_tensor,
+        "rk4",
+        {"method": "implicit_adams", "options": {"step_size": 0.04}, "rtol": 0.1, "atol": 0.1},
+    ),
     "tuple": (of_a_tuple, "dopri5", LOOSE),
     "tuple rk4": (of_a_tuple, "rk4", {}),
     "event": (of_an_event, "dopri5", LOOSE),

@@ -138,7 +138,7 @@ class _Replay:
             y = self._combine(state, size, row, slopes)
             slope = self._field(t, y, step.random[i] if step.random else None)
             if slope.requires_grad and not (self._slopes or i):
-                self._field.params_in(slope, (self._initial, self._start, self._size))
+                self._field.params_in(slope, (t, y, self._initial, self._start, self._size))
             slopes.append(slope)
         self._slopes.append(slopes)
         if tableau.passes is not None:

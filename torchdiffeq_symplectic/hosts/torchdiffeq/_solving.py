@@ -84,9 +84,9 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     check = _checked_options(mode, call.adjoint_options)
     keep = mode.keeps(call.adjoint_options)
     call.params = tuple(dict.fromkeys(call.params))
-    sources = [call.y0, call.t, *call.params, *map(call.option, ("step_t", "jump_t", "step_size"))]
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
+    sources = [call.y0, call.t, *call.params, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
     if not any(tensor is not None and tensor.requires_grad for tensor in sources):
         return _plain(call, _FirstSlope(call))
     solver, measured = _recording_solver(mode, call)
@@ -107,6 +107,16 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     times = _times(solver, recording, call, outputs)
     finished = Solve(mode, recording, call.func.base_func, surroundings, check, _undeclared(call))
     return event_t, attach(finished, solution, call.y0, times, call.params)
+
+
+def _grid(call: Call) -> Tensor | None:
+    """The grid of a constructor that the user gave, which is called once: it may be what needs a gradient."""
+    constructor = call.options.get("grid_constructor")
+    if constructor is None or call.event_fn is not None or not issubclass(SOLVERS[call.method], FixedGridODESolver):
+        return None
+    grid: Tensor = constructor(call.func, call.y0, call.t)
+    call.options = {**call.options, "grid_constructor": lambda func, y0, t: grid}
+    return grid
 
 
 def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor | None, Tensor]:
