@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
-from harness import Net, each_mode, initial, loss_of, solve, times
+from harness import MODES, Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor, nn
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)
 NAMES = ("callback_step", "callback_accept_step", "callback_reject_step")
 Event = tuple[str, float, tuple[Tensor, ...], float]
 
@@ -62,7 +64,7 @@ def events_of(mode: str, state: Any, t: Tensor, case: str) -> tuple[Any, Heard]:
 @pytest.mark.parametrize("tuple_state", [False, True], ids=["tensor", "tuple"])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize("case", CASES)
-@each_mode
+@pytest.mark.parametrize("mode", [mode if mode in ("symplectic", "baseline") else slow(mode) for mode in MODES])
 def test_callbacks(mode: str, case: str, reverse: bool, tuple_state: bool) -> None:
     state = (initial(), initial(2)) if tuple_state else initial()
     t = times().flip(0) if reverse else times()

@@ -77,15 +77,15 @@ class ManyLayers(nn.Module):
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         position = min(int(float(t.detach()) * len(self.weights)), len(self.weights) - 2)
-        inner = torch.sin(y @ self.weights[position] + self.shared * t)
-        return inner @ self.weights[position + 1].t()
+        slope: Tensor = torch.sin(y @ self.weights[position] + self.shared * t) @ self.weights[position + 1].t()
+        return slope
 
 
-@pytest.mark.parametrize("layers", [30, 64, 80])
+@pytest.mark.parametrize("layers", [20, 80])
 @each_kind
 @each_mode
 def test_many_parameters_each_used_at_some_times(mode: str, method: str, layers: int) -> None:
-    t = torch.tensor([0.0, 0.31, 0.9], dtype=DOUBLE, requires_grad=True)
+    t = torch.tensor([0.0, 0.31, 0.7], dtype=DOUBLE, requires_grad=True)
     problem = Problem(ManyLayers(layers), uniform(2, 3, seed=8).requires_grad_(), t)
     found = assert_exact(problem, mode, **METHODS[method])
     unused = [name for name, gradient in found.items() if not gradient.any()]
@@ -262,7 +262,7 @@ FIELDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 @each_family
 @each_mode
 def test_field_of_unusual_result(mode: str, method: str, name: str) -> None:
-    """No graph counts as zero, and a slope of smaller shape is broadcast to the state's (not so by adaptive methods)."""
+    """No graph counts as zero, and a slope of smaller shape is broadcast to the state's."""
     if name in ("0-d", "row", "column") and method in ADAPTIVE:
         pytest.skip("torchdiffeq's interpolation takes no slope of a smaller shape")
     leaf = uniform(3, 3, seed=2).requires_grad_()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -67,14 +68,18 @@ def test_rejected_steps_leave_no_trace(mode: str, method: str) -> None:
     assert func.rejected
 
 
+def _grows_slowly(sizes: list[float]) -> bool:
+    return max(after / before for before, after in itertools.pairwise(sizes)) < 1.5000001
+
+
 # Each row with the tolerances under which the option matters, and a check on the sizes of the accepted steps.
 STEPPING: dict[str, tuple[float, dict[str, Any], Callable[[list[float]], bool]]] = {
     "min_step": (1e-9, {"first_step": 0.2, "min_step": 0.05}, lambda sizes: min(sizes[:-1]) >= 0.05),
     "max_step": (1e-2, {"first_step": 0.02, "max_step": 0.06}, lambda sizes: max(sizes) <= 0.06),
     "min-and-max": (1e-6, {"first_step": 0.2, "min_step": 0.1, "max_step": 0.15}, lambda sizes: max(sizes) <= 0.15),
     "safety": (1e-3, {"first_step": 0.1, "safety": 0.5}, lambda sizes: len(sizes) > 1),
-    "ifactor": (1e-1, {"first_step": 0.1, "ifactor": 1.5}, lambda sizes: max(sizes) <= 1.5 * 1.5**8),
-    "dfactor": (1e-4, {"first_step": 0.5, "dfactor": 0.7}, lambda sizes: len(sizes) > 1),
+    "ifactor": (1e-1, {"first_step": 0.1, "ifactor": 1.5}, _grows_slowly),
+    "dfactor": (1e-2, {"first_step": 0.5, "dfactor": 0.7}, lambda sizes: len(sizes) > 1),
     "max_num_steps": (1e-3, {"first_step": 0.1, "max_num_steps": 500}, lambda sizes: len(sizes) <= 500),
     "tensors": (1e-3, {"first_step": torch.tensor(0.1), "max_step": torch.tensor(0.2)}, lambda s: max(s) < 0.2000001),
 }
@@ -112,7 +117,7 @@ def test_step_t(mode: str, method: str, grad: str, direction: str) -> None:
     # Unordered, one before the start, one at it, one after the end.
     step_t = torch.tensor([0.52, 0.25, 1.4, -0.2, 0.81, 0.83, float(t[0].detach())], dtype=DOUBLE)
     problem.params = {"step_t": step_t.requires_grad_(grad in ("step_t", "both"))}
-    options = {"first_step": 0.2, "step_t": step_t, "ifactor": 1.2}
+    options = {"first_step": 0.2, "step_t": step_t, "ifactor": 2.0}
     found = assert_exact(problem, mode, method=method, rtol=1e2, atol=1e2, options=options)
     assert ("step_t" in found) == (grad in ("step_t", "both"))
 
@@ -181,12 +186,10 @@ def test_norm(mode: str, method: str, norm: Callable[[Tensor], Tensor]) -> None:
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 @pytest.mark.parametrize("perturb", [False, True], ids=["unperturbed", "perturbed"])
-@with_and_without_time
 @each_family_of_grids
 @each_mode
-def test_step_size(mode: str, method: str, time_grad: bool, perturb: bool, interp: str) -> None:
+def test_step_size(mode: str, method: str, perturb: bool, interp: str) -> None:
     problem = mixing_problem((2, 2))
-    problem.t = problem.t.detach().requires_grad_(time_grad)
     problem.func = Switching(4) if perturb else problem.func
     options = {"step_size": 0.1, "interp": interp, "perturb": perturb}
     assert_exact(problem, mode, method=method, rtol=1e-2, options=options)

@@ -52,13 +52,13 @@ def rounding(kind: str, mode: str, seeds: range) -> float:
     )
 
 
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@pytest.mark.parametrize("mode", ["symplectic", pytest.param("aca", marks=pytest.mark.slow)])
 def test_backward_of_a_linear_field_rounds_less_than_backpropagation(mode: str) -> None:
     # Backpropagation adds five numbers to the cotangent in each step of rk4, one after the other; here it is one.
     assert rounding("linear", mode, range(3)) < rounding("linear", "backprop", range(3)) / 1.5
 
 
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@pytest.mark.parametrize("mode", ["symplectic", pytest.param("aca", marks=pytest.mark.slow)])
 def test_gradient_of_a_network_rounds_less_than_backpropagations(mode: str) -> None:
     # Both share the rounding of the states.
     assert rounding("network", mode, range(3)) < rounding("network", "backprop", range(3))

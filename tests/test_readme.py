@@ -16,19 +16,19 @@ PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf8")
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_python_examples_run(code, capsys):
+def test_python_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
     claimed = re.findall(r"print\(.*\)\s+# (.*)", code)
     assert capsys.readouterr().out.splitlines() == claimed
 
 
-def test_every_mode_has_its_row():
+def test_every_mode_has_its_row() -> None:
     rows = re.findall(r'^\| `"(\w+)"`', README, flags=re.MULTILINE)
     assert set(rows) == set(MODES)
 
 
-def test_bounds_are_those_of_the_project_file():
+def test_bounds_are_those_of_the_project_file() -> None:
     (dependencies,) = re.findall(r"^dependencies = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
     for requirement in re.findall(r'"(.*?)"', dependencies):
         assert requirement in README
@@ -36,14 +36,13 @@ def test_bounds_are_those_of_the_project_file():
     assert f"Python {python} or later" in README
 
 
-def test_newest_entry_of_the_changelog_is_this_version():
+def test_newest_entry_of_the_changelog_is_this_version() -> None:
     newest = re.findall(r"^## \[(.*?)\]", CHANGELOG, flags=re.MULTILINE)[0]
     assert newest == torchdiffeq_symplectic.__version__
 
 
-def test_the_architecture_section_names_every_file():
+def test_the_architecture_section_names_every_file() -> None:
     (section,) = re.findall(r"## Architecture\n(.*?)\n## ", README, flags=re.DOTALL)
     package = ROOT / "torchdiffeq_symplectic"
-    names = [path.name for path in package.glob("*.py")] + [path.name + "/" for path in package.iterdir() if path.is_dir()]
-    missing = [name for name in names if name not in section and not name.startswith("__pycache__")]
-    assert missing == []
+    names = [path.name for path in package.iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert [name for name in names if name not in section and name != "__pycache__"] == []

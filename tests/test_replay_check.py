@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
+from harness import MODES, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import ReplayError, ReplayWarning
@@ -300,7 +300,7 @@ DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("name", TAME)
-@pytest.mark.parametrize("mode", ["symplectic", "stages", "aca", "baseline"])
+@each_mode
 def test_no_false_alarm(mode: str, name: str, dtype: torch.dtype) -> None:
     y0 = torch.tensor([0.7, -1.3, 2.1], dtype=dtype, requires_grad=True)
     t = torch.tensor([0.0, 0.51, 1.0], dtype=dtype.to_real())
@@ -310,8 +310,13 @@ def test_no_false_alarm(mode: str, name: str, dtype: torch.dtype) -> None:
         torch.autograd.grad(solution.abs().sum(), y0)
 
 
-@pytest.mark.parametrize("kind", ["float32", "float64", "complex64", "autocast"])
-@pytest.mark.parametrize("mode", ["symplectic", "stages", "aca", "baseline"])
+LONG = [(mode, kind) for mode in MODES for kind in ("float32", "float64", "complex64", "autocast")]
+QUICK = [("symplectic", "float32"), ("symplectic", "autocast"), ("baseline", "float32"), ("stages", "autocast")]
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [pytest.param(*pair, marks=[] if pair in QUICK else pytest.mark.slow) for pair in LONG]
+)
 def test_no_false_alarm_over_a_thousand_steps(mode: str, kind: str) -> None:
     complex_state = kind == "complex64"
     dtype = torch.float32 if kind == "autocast" else getattr(torch, kind)

@@ -72,7 +72,7 @@ def test_finite_differences_of_complex_state_and_parameters(mode: str, method: s
 
 
 # Coefficients of the stability function R(z), the value after one step of y' = z y from 1.
-STABILITY = {
+STABILITY: dict[str, list[float]] = {
     "euler": [1, 1],
     "midpoint": [1, 1, 1 / 2],
     "heun2": [1, 1, 1 / 2],
@@ -157,8 +157,8 @@ class Variational(nn.Module):
 
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         y, delta = state
-        slope, moved = torch.func.jvp(lambda y: self.inner(t, y), (y,), (delta,))
-        return slope, moved
+        result: tuple[Tensor, Tensor] = torch.func.jvp(lambda y: self.inner(t, y), (y,), (delta,))  # type: ignore[assignment]
+        return result
 
 
 GRID = torch.tensor([0.0, 0.12, 0.3, 0.61, 0.75, 1.2], dtype=DOUBLE)
@@ -226,10 +226,11 @@ def test_gradient_against_forward_mode_through_the_solve(mode: str, method: str)
             result: Tensor = torch.func.functional_call(field, parameters, (t, y))
             return result
 
-        return (torchdiffeq.odeint(func, y0, GRID, method=method)[-1] * weights).sum()
+        end: Tensor = torchdiffeq.odeint(func, y0, GRID, method=method)[-1]
+        return (end * weights).sum()
 
     direction = uniform(2, 3, seed=62)
-    _, truth = torch.func.jvp(loss, (y0, parameters), (direction, tangents))
+    truth: Tensor = torch.func.jvp(loss, (y0, parameters), (direction, tangents))[1]
     start = y0.clone().requires_grad_()
     end = torchdiffeq.odeint_adjoint(field, start, GRID, method=method, **MODES[mode])[-1]
     in_state, *in_parameters = torch.autograd.grad((end * weights).sum(), (start, *field.parameters()))
