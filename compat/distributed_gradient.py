@@ -63,8 +63,11 @@ def train(rank: int, store: str, mode: dict[str, Any] | None) -> list[Tensor | N
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
     model = DistributedDataParallel(Model(solver))
     model(x.chunk(PROCESSES)[rank]).pow(3).mean().backward()
+    found = [parameter.grad for parameter in model.parameters()]
+    del model  # its reducer uses the group
+    distributed.barrier()
     distributed.destroy_process_group()
-    return [parameter.grad for parameter in model.parameters()]
+    return found
 
 
 if __name__ == "__main__":
