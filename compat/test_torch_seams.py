@@ -33,17 +33,16 @@ def same(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> b
 
 
 def test_the_engine_is_where_it_is_looked_for() -> None:
-    engine_run: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
-    if engine_run is None:
-        pytest.skip("this torch has no _engine_run_backward (before 2.3), so torch.autograd.grad is called")
-    assert engine._run is engine_run
+    found: Any = getattr(torch.autograd.Variable, "_execution_engine", None)
+    assert found is not None, "torch.autograd.Variable has no _execution_engine; torch.autograd.grad is called instead"
+    assert engine._engine is found
 
 
 @pytest.mark.parametrize("behind", [True, False], ids=["engine", "torch.autograd.grad"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_products_are_those_of_autograd_grad(dtype: torch.dtype, behind: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not behind:
-        monkeypatch.setattr(engine, "_run", None)
+        monkeypatch.setattr(engine, "_engine", None)
     leaf = torch.randn(3, 4, dtype=dtype, requires_grad=True)
     derived = (leaf * 2).sin()
     unused = torch.randn(2, dtype=dtype, requires_grad=True)
@@ -55,8 +54,8 @@ def test_products_are_those_of_autograd_grad(dtype: torch.dtype, behind: bool, m
     assert same(expected[2:3], [None])
     for _ in range(2):  # the graph is kept
         found = vector_jacobian_product(output, inputs, cotangent)
-        assert same(found, expected), "_engine_run_backward is no longer what torch.autograd.grad calls"
-    assert leaf.grad is None, "_engine_run_backward accumulates into .grad"
+        assert same(found, expected), "the engine is no longer called as torch.autograd.grad calls it"
+    assert leaf.grad is None, "the engine accumulates into .grad"
 
 
 def test_products_are_constants_where_gradients_are_enabled() -> None:

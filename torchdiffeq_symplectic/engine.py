@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["vector_jacobian_product"]
 
-_run = getattr(torch.autograd.graph, "_engine_run_backward", None)  # since torch 2.3
+_engine = getattr(torch.autograd.Variable, "_execution_engine", None)  # in every release so far
 
 
 def vector_jacobian_product(output: Tensor, inputs: tuple[Tensor, ...], cotangent: Tensor) -> Sequence[Tensor | None]:
@@ -25,9 +25,9 @@ def vector_jacobian_product(output: Tensor, inputs: tuple[Tensor, ...], cotangen
         inputs: tensors in that graph.
         cotangent: of the shape and dtype of ``output``.
     """
-    if _run is None:
+    if _engine is None:
         return torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
-    products: Sequence[Tensor | None] = _run(
+    products: Sequence[Tensor | None] = _engine.run_backward(
         (output,), (cotangent,), True, False, inputs, allow_unreachable=True, accumulate_grad=False
     )
     return products

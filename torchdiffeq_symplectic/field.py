@@ -34,6 +34,7 @@ class Field:
 
     Attributes:
         param_grads: the products with respect to ``params`` summed so far; zeros where a parameter is not used.
+        walks: whether to look in a stage's graph for the parameters it reaches: at first, and where there are many.
         slope_dtype: a dtype that slopes are computed in, where it is not the state's, or None.
     """
 
@@ -56,6 +57,7 @@ class Field:
         self.slope_dtype = surroundings.autocast_dtype
         self.param_grads = [torch.zeros_like(param) for param in params]
         self._ignore = {id(tensor) for tensor in ignore}
+        self.walks = True
         self._checked = False
         self._nodes: dict[torch.autograd.graph.Node, list[int]] = {}
 
@@ -80,25 +82,23 @@ class Field:
             t.requires_grad_()
         return Linearisation(self, self(t, y, random), t, y)
 
-    def params_in(self, slope: Tensor, known: Iterable[Tensor]) -> Sequence[int] | None:
-        """The parameters that the graph of ``slope`` may reach, None for all.
+    def params_in(self, slope: Tensor, known: Iterable[Tensor]) -> Sequence[int]:
+        """The parameters that the graph of ``slope`` reaches.
 
         At the first call also report what the graph reaches that is neither a parameter nor ``known``. To look for the
         parameters at every stage pays where there are many: a deep network asked for all of them at each of its blocks
         would be quadratic in its depth.
         """
-        few = len(self.params) <= _ASK_FOR_ALL
-        if self._checked and few:
-            return None
         if not self._nodes:
             self._nodes = self._locate_params()
         node_of = torch.autograd.graph.get_gradient_edge
         if not self._checked:
             self._checked = True
+            self.walks = len(self.params) > _ASK_FOR_ALL
             stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
             _, others = reachable([node_of(slope).node], {**self._nodes, **stops})
             report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
-        return None if few else sorted(reachable([node_of(slope).node], self._nodes)[0])
+        return sorted(reachable([node_of(slope).node], self._nodes)[0])
 
     def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:
         """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""
@@ -135,8 +135,8 @@ class Linearisation:
         if not slope.requires_grad:
             return None, None
         params, totals = field.params, field.param_grads
-        chosen = field.params_in(slope, (self.y, self._t))
-        if chosen is not None:
+        if field.walks:
+            chosen = field.params_in(slope, (self.y, self._t))
             params, totals = tuple(params[i] for i in chosen), [totals[i] for i in chosen]
         leading = (self.y, self._t) if field.wants_time else (self.y,)
         grads = vector_jacobian_product(slope, (*leading, *params), cotangent)

@@ -49,6 +49,7 @@ class _Workspace:
         first = own - carried
         self.lam = rows[-1]
         self.carried = rows[first:own]
+        self.known = rows[first:-1]
         self.slopes = fresh[first:-1]
         self.checked_at = 0 if fresh is not rows else stages - 1
         self.products = rows[own:-1]
@@ -57,11 +58,12 @@ class _Workspace:
         self.stage = self.stages.unbind(0)
         self.fresh_carried = fresh[first:own]
         self.fresh_stage = fresh[own:-1].view(stages, *shape).unbind(0)
-        self.before_stage = [rows[first : own + i].t() for i in range(stages)]
-        self.after_stage = [rows[own + i + 1 :].t() for i in range(stages)]
+        columns = rows.t()
+        self.before_stage = [columns[:, first : own + i] for i in range(stages)]
+        self.after_stage = [columns[:, own + i + 1 :] for i in range(stages)]
         # The parts of `_weights`, in its order.
         self.sizes = [carried + i for i in range(stages)] + [stages - i for i in range(stages)]
-        self.sizes += [carried * (stages + 1), carried + stages]
+        self.sizes += [carried * (stages + 1), carried + stages, stages * (carried + stages)]
 
 
 class StageReplay:
@@ -74,7 +76,7 @@ class StageReplay:
         self.stages = step.tableau.stages
         self._before = scaled[: self.stages]
         self._after = scaled[self.stages : 2 * self.stages]
-        self._carried, self._new = scaled[-2:]
+        self._carried, self._new, every = scaled[-3:]
         self._evaluated: set[int] = set()
         self._flat = step.state.reshape(-1)
         if self._flat.dtype != field.dtype:
@@ -84,9 +86,13 @@ class StageReplay:
         if work.fresh_carried is not work.carried and len(work.carried):
             work.fresh_carried.copy_(work.carried)
         self.kept = range(0)
+        self._states: Sequence[Tensor] = ()
         if step.slopes is not None:
             self.kept = range(min(self.stages, len(step.slopes)))
             work.stages[: len(self.kept)].copy_(step.slopes[: len(self.kept)])
+            if len(self.kept) == self.stages:
+                states = torch.addmm(self._flat, every.view(self.stages, -1), work.known)
+                self._states = states.view(self.stages, *field.shape).unbind(0)
         elif step.passed is not None and step.tableau.passes is not None:
             self.kept = range(step.tableau.passes, step.tableau.passes + 1)
             work.stage[step.tableau.passes].copy_(step.passed)
@@ -95,6 +101,8 @@ class StageReplay:
         """``Y_i = y + h * sum_j a_ij k_j``."""
         if i == 0 and not self.step.carried:
             return self.step.state
+        if self._states:
+            return self._states[i]
         return torch.addmv(self._flat, self.work.before_stage[i], self._before[i]).view(self.field.shape)
 
     def _random(self, i: int) -> Tensor | None:
@@ -206,7 +214,10 @@ def _scaled(trajectory: Trajectory, sizes: Mapping[tuple[int, int], Sequence[int
 
 @functools.lru_cache(maxsize=1024)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Each stage's a_ij, j before it; each stage's a_ji and b_i, j after it; the same for carried slopes; all of b."""
+    """The coefficients in the order in which a step uses them.
+
+    Each stage's a_ij, j before it; each stage's a_ji and b_i, j after it; the same for carried slopes; b; a, whole.
+    """
     q = tableau.carried
     before = [weight for row in tableau.a for weight in row]
     after = [
@@ -214,4 +225,6 @@ def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tens
         for column in range(q + tableau.stages)
     ]
     flat = [weight for column in [*after[q:], *after[:q]] for weight in column]
-    return torch.tensor([*before, *flat, *tableau.b], dtype=dtype, device=device)
+    columns = q + tableau.stages
+    matrix = [weight for row in tableau.a for weight in [*row, *[0.0] * (columns - len(row))]]
+    return torch.tensor([*before, *flat, *tableau.b, *matrix], dtype=dtype, device=device)
