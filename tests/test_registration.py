@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pytest
 import torch
 import torchdiffeq
 from harness import Net, each_mode, initial, loss_of, solve, times
+from torch import Tensor
 from torchdiffeq._impl import adjoint
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import register, unregister
+from torchdiffeq_symplectic.check import ReplayCheck
+from torchdiffeq_symplectic.cotangents import Gradients
+from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.modes.baseline import backpropagate
+from torchdiffeq_symplectic.trajectory import Keep, Trajectory
 
 USE = """
 import torch
@@ -170,3 +176,35 @@ def test_solves_begun_before_unregistering_can_still_be_differentiated() -> None
     finally:
         register()
     assert y0.grad is not None
+
+
+class Oracle:
+    """A mode of a user's own: the whole solve once more, and through it."""
+
+    name = "oracle"
+    options: frozenset[str] = frozenset()
+
+    def keeps(self, options: Mapping[str, object]) -> Keep:
+        return Keep.STATES
+
+    def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
+        return backpropagate(trajectory, field, outputs, check, create_graph=False)
+
+
+def test_a_mode_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(torchdiffeq_symplectic.MODES, "oracle", Oracle())
+    weight = torch.linspace(-1, 1, 9, dtype=torch.float64).reshape(3, 3).requires_grad_()
+    y0 = torch.tensor([0.3, -0.7, 1.1], dtype=torch.float64, requires_grad=True)
+    t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
+    options = {"first_step": 0.1}
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        return torch.tanh(weight @ y) * torch.cos(t)
+
+    solution = torchdiffeq.odeint_adjoint(
+        func, y0, t, options=options, adjoint_method="oracle", adjoint_params=(weight,)
+    )
+    expected = torchdiffeq.odeint(func, y0, t, options=options, method="dopri5")
+    found = torch.autograd.grad(solution.pow(3).sum(), (y0, weight))
+    for one, other in zip(found, torch.autograd.grad(expected.pow(3).sum(), (y0, weight)), strict=True):
+        assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)

@@ -1,4 +1,4 @@
-"""The one autograd function: joins a recorded solve to the graph of what it was computed from."""
+"""The autograd function of all modes and hosts: joins a recorded solve to the graph of what it was computed from."""
 
 from __future__ import annotations
 
