@@ -19,7 +19,7 @@ The modes that sweep differ in one thing: when the graphs of the stages are buil
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from torchdiffeq_symplectic.tableau import Tableau
 from torchdiffeq_symplectic.trajectory import Step, Trajectory
 
 __all__ = ["StageReplay", "Stages", "sweep"]
+
+# Steps whose coefficients are computed together.
+_BLOCK = 8
 
 Stages = Callable[["StageReplay"], Callable[[int], Linearisation]]
 """Given a step, prepare its stages; the result linearises an own stage. Stages are asked for from the last."""
@@ -155,11 +158,11 @@ def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCh
     work = {
         layout: _Workspace(rows, fresh, *layout, field.shape) for layout in {tableau.layout for tableau in tableaus}
     }
-    scaled = _scaled(trajectory, {layout: space.sizes for layout, space in work.items()})
+    coefficients = _Coefficients(trajectory)
     lam = rows[-1]
     for step in trajectory.backwards():
         space = work[step.tableau.layout]
-        replay = StageReplay(step, field, space, scaled[step.index])
+        replay = StageReplay(step, field, space, coefficients.of(step, space.sizes))
         if step.at_end is not None:
             lam.add_(cotangents.of_output(step.at_end))
         outside = cotangents.of_slopes(step)
@@ -200,23 +203,37 @@ def _sweep_stages(
         del linearisation  # else its graph lived on while the next one is built
 
 
-def _scaled(trajectory: Trajectory, sizes: Mapping[tuple[int, int], Sequence[int]]) -> list[tuple[Tensor, ...]]:
-    """The parts of `_weights`, of these sizes, times each step's size, in the wider dtype of the two, then cast."""
+class _Coefficients:
+    """The coefficients of each step times its size, for a block of steps at a time.
 
-    def rows(tableau: Tableau, start: Tensor, size: Tensor, end: Tensor) -> Iterable[tuple[Tensor, ...]]:
-        wide = size.to(torch.promote_types(size.dtype, trajectory.dtype.to_real()))
-        products = (wide[:, None] * _weights(tableau, wide.dtype, wide.device)).to(trajectory.dtype)
-        parts = products.split(list(sizes[tableau.layout]), dim=1)
-        return zip(*(part.unbind(0) for part in parts), strict=True)
+    In the wider dtype of states and sizes, then cast, as the hosts do. Those of all steps would outgrow small states.
+    """
 
-    return trajectory.each(rows)
+    def __init__(self, trajectory: Trajectory) -> None:
+        self._sizes = trajectory.size.detach()
+        self._dtype = trajectory.dtype
+        self._block: tuple[int, int] | None = None
+        self._rows: list[tuple[Tensor, ...]] = []
+
+    def of(self, step: Step, lengths: Sequence[int]) -> Sequence[Tensor]:
+        """The parts of `_weights`, of these lengths, times the size of ``step``."""
+        number, place = divmod(step.index, _BLOCK)
+        block = id(step.tableau.a), number  # tableaus that differ in times alone share a
+        if self._block != block:
+            size = self._sizes[number * _BLOCK : (number + 1) * _BLOCK, None]
+            wide = size.to(torch.promote_types(size.dtype, self._dtype.to_real()))
+            products = (wide * _weights(step.tableau, wide.dtype, wide.device)).to(self._dtype)
+            parts = products.split(list(lengths), dim=1)
+            self._rows = list(zip(*(part.unbind(0) for part in parts), strict=True))
+            self._block = block
+        return self._rows[place]
 
 
 @functools.lru_cache(maxsize=1024)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
     """The coefficients in the order in which a step uses them.
 
-    Each stage's a_ij, j before it; each stage's a_ji and b_i, j after it; the same for carried slopes; b; a, whole.
+    Each stage's a_ij, j before it; its a_ji and b_i, j after it; the same for carried slopes; b; a, whole.
     """
     q = tableau.carried
     before = [weight for row in tableau.a for weight in row]
