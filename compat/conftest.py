@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from torch import Tensor
+from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_symplectic
@@ -96,3 +96,19 @@ def needs_complex() -> None:
 
     if "is_complex" not in inspect.getsource(misc._PerturbFunc):
         pytest.skip("this torchdiffeq refuses complex states")
+
+
+@pytest.fixture
+def replica_of() -> Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]:
+    """As nn.DataParallel's replicate makes it, on one device: parameters are attributes, the copies given."""
+
+    def replicate(module: nn.Module, copies: dict[nn.Parameter, Tensor]) -> nn.Module:
+        replica: nn.Module = module._replicate_for_data_parallel()
+        for name, child in module.named_children():
+            setattr(replica, name, replicate(child, copies))
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(replica, name, copies[parameter])
+        return replica
+
+    return replicate

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 Mode = dict[str, Any]
 Agree = Callable[..., None]
+Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 SETTINGS: dict[str, Any] = {"options": {"first_step": 0.1}, "rtol": 1e-4, "atol": 1e-5}
 SCRIPT = Path(__file__).with_name("distributed_gradient.py")
@@ -142,25 +143,14 @@ def test_settings_of_a_call_are_left_as_they_are(mode: Mode) -> None:
     assert (options, adjoint_options) == before
 
 
-def replicated(module: nn.Module, copies: dict[nn.Parameter, Tensor]) -> nn.Module:
-    """As nn.DataParallel's replicate makes it, on one device: parameters are attributes, copies with a graph."""
-    replica: nn.Module = module._replicate_for_data_parallel()
-    for name, child in module.named_children():
-        setattr(replica, name, replicated(child, copies))
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            setattr(replica, name, copies[parameter])
-    return replica
-
-
-def test_replicas_of_data_parallel(mode: Mode, assert_agree: Agree) -> None:
+def test_replicas_of_data_parallel(mode: Mode, assert_agree: Agree, replica_of: Replicate) -> None:
     field, y0 = Field(), state()
     wanted = [y0, *field.layers.parameters()]
     expected = torchdiffeq.odeint(field, y0, T, method="rk4")
     parts = []
     for chunk in y0.chunk(2):
         copies = {parameter: parameter.clone() for parameter in field.parameters()}
-        replica = replicated(field, copies)
+        replica = replica_of(field, copies)
         assert list(replica.parameters()) == []
         parts.append(torchdiffeq.odeint_adjoint(replica, chunk, T, method="rk4", **mode))
     found = torch.cat(parts, dim=1)

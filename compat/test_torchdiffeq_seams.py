@@ -24,6 +24,8 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, RKAdaptiveSt
 from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
 from torchdiffeq_symplectic.surroundings import RandomState
 
+Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
+
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 Y0 = torch.tensor([[0.2, -1.0, 0.5], [1.5, 0.1, -0.7]], dtype=torch.float64)
 
@@ -143,23 +145,12 @@ def test_find_parameters_takes_a_module_and_gives_all_its_parameters() -> None:
     assert list(map(id, adjoint.find_parameters(func))) == list(map(id, func.parameters()))
 
 
-def test_find_parameters_finds_those_of_a_replica() -> None:
+def test_find_parameters_finds_those_of_a_replica(replica_of: Replicate) -> None:
     # In nn.DataParallel's replicas, parameters are attributes, results of other operations.
     func = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
     copies = [parameter.clone() for parameter in func.parameters()]
     replica = replica_of(func, dict(zip(func.parameters(), copies, strict=True)))
     assert list(map(id, adjoint.find_parameters(replica))) == list(map(id, copies))
-
-
-def replica_of(module: nn.Module, copies: dict[nn.Parameter, Tensor]) -> nn.Module:
-    """As nn.DataParallel's replicate makes it, on one device."""
-    replica: nn.Module = module._replicate_for_data_parallel()
-    for name, child in module.named_children():
-        setattr(replica, name, replica_of(child, copies))
-    for name, parameter in module._parameters.items():
-        if parameter is not None:
-            setattr(replica, name, copies[parameter])
-    return replica
 
 
 # The normalised arguments.

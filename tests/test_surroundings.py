@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchdiffeq
 from harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
@@ -284,3 +285,19 @@ FIELDS: dict[str, Callable[[Net], Any]] = {
 def test_modules_are_found_behind_any_callable(kind: str) -> None:
     net = Net()
     assert modules_of(FIELDS[kind](net)) == list(net.modules())
+
+
+@pytest.mark.parametrize("gradients", [True, False], ids=["recorded", "no_grad"])
+def test_a_field_that_marks_its_state_leaves_the_callers_unmarked(gradients: bool) -> None:
+    net, y0 = Net(), initial().detach()
+
+    def func(t: Tensor, y: Tensor) -> Tensor:
+        y.requires_grad_(True)  # as FFJORD's field does, to differentiate with respect to it
+        return net(t, y)  # type: ignore[no-any-return]
+
+    parameters = tuple(net.parameters())
+    with torch.set_grad_enabled(gradients):
+        torchdiffeq.odeint_adjoint(
+            func, y0, times().detach(), method="rk4", adjoint_method="symplectic", adjoint_params=parameters
+        )
+    assert not y0.requires_grad

@@ -92,13 +92,14 @@ class Field:
         if not self._nodes:
             self._nodes = self._locate_params()
         node_of = torch.autograd.graph.get_gradient_edge
-        if not self._checked:
-            self._checked = True
-            self.walks = len(self.params) > _ASK_FOR_ALL
-            stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
-            _, others = reachable([node_of(slope).node], {**self._nodes, **stops})
-            report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
-        return sorted(reachable([node_of(slope).node], self._nodes)[0])
+        if self._checked:
+            return sorted(reachable([node_of(slope).node], self._nodes)[0])
+        self._checked = True
+        self.walks = len(self.params) > _ASK_FOR_ALL
+        stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
+        found, others = reachable([node_of(slope).node], {**stops, **self._nodes})
+        report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
+        return sorted(found)
 
     def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:
         """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,8 +18,6 @@ from torch import Tensor
 from torchdiffeq_symplectic.tableau import Tableau
 
 __all__ = ["Keep", "Recording", "Step", "Trajectory", "carriers", "stage_times"]
-
-T = TypeVar("T")
 
 
 class Keep(enum.Enum):
@@ -109,6 +106,11 @@ class Recording:
         else:
             first = entry.interpolated[0] if entry.interpolated[1] else output
             entry.interpolated = (first, output + 1)
+
+    @property
+    def inside(self) -> list[tuple[int, int]]:
+        """The interpolated outputs in their order, each with the number of the step that it lies in."""
+        return [(n, output) for n, entry in enumerate(self.entries) for output in range(*entry.interpolated)]
 
     def finish(self, state: Tensor) -> None:
         """Add the last state, and settle which steps evaluate their closing slope themselves."""
@@ -216,26 +218,25 @@ class Trajectory:
         """The step before ``step``, or None."""
         return self._steps[step.index - 1] if step.index else None
 
-    def each(self, rows: Callable[[Tableau, Tensor, Tensor, Tensor], Iterable[T]]) -> list[T]:
-        """What ``rows(tableau, start, size, end)`` has for each step, computed for all steps of a tableau at once.
-
-        ``start``, ``size`` and ``end`` have shape ``(n,)``, without a graph; the result yields ``n`` things.
-        """
-        result: dict[int, T] = {}
+    def _stage_times(self) -> list[tuple[Tensor, ...]]:
+        """The times of each step's own stages, computed for all steps of a tableau at once."""
+        real = self.dtype.to_real()
+        result: dict[int, tuple[Tensor, ...]] = {}
         times = [times.detach() for times in (self.start, self.size, self.end)]
         for tableau, members in self.groups.items():
             chosen: slice | Tensor = slice(members[0], members[-1] + 1)
             if members[-1] - members[0] >= len(members):
                 chosen = torch.tensor(members, device=self.start.device)
-            result.update(zip(members, rows(tableau, *[vector[chosen] for vector in times]), strict=True))
+            start, size, end = (vector[chosen] for vector in times)
+            rows = stage_times(tableau, start, size, end, real)
+            result.update(zip(members, rows, strict=True))
+        if result and self.initial.dtype != self.dtype:
+            result[0] = (result[0][0].to(self.initial.dtype.to_real()), *result[0][1:])
         return [result[n] for n in range(len(self))]
 
     @functools.cached_property
     def _steps(self) -> list[Step]:
-        real = self.dtype.to_real()
-        stages = self.each(functools.partial(stage_times, real))
-        if stages and self.initial.dtype != self.dtype:
-            stages[0] = (stages[0][0].to(self.initial.dtype.to_real()), *stages[0][1:])
+        stages = self._stage_times()
         states = [self._state(n) for n in range(len(self) + 1)]
         sizes = self.size.detach().unbind(0)
         thetas = self.theta.split([entry.interpolated[1] - entry.interpolated[0] for entry in self._entries])
@@ -281,7 +282,7 @@ def carriers(n: int, tableau: Tableau) -> range:
 
 
 def stage_times(
-    dtype: torch.dtype, tableau: Tableau, start: Tensor, size: Tensor, end: Tensor
+    tableau: Tableau, start: Tensor, size: Tensor, end: Tensor, dtype: torch.dtype
 ) -> Iterable[tuple[Tensor, ...]]:
     """Times of the own stages of steps that share a tableau, ``s`` 0-d ones each, in the state's real ``dtype``.
 

@@ -54,7 +54,8 @@ class _Workspace:
         self.carried = rows[first:own]
         self.known = rows[first:-1]
         self.slopes = fresh[first:-1]
-        self.checked_at = 0 if fresh is not rows else stages - 1
+        self.apart = fresh is not rows
+        self.checked_at = 0 if self.apart else stages - 1
         self.products = rows[own:-1]
         self.after_carried = rows[own:]
         self.stages = rows[own:-1].view(stages, *shape)
@@ -86,7 +87,7 @@ class StageReplay:
             self._flat = self._flat.to(field.dtype)
         for row, slope in zip(work.carried, step.carried, strict=True):
             row.copy_(slope.reshape(-1))
-        if work.fresh_carried is not work.carried and len(work.carried):
+        if work.apart and step.carried:
             work.fresh_carried.copy_(work.carried)
         self.kept = range(0)
         self._states: Sequence[Tensor] = ()

@@ -88,7 +88,6 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._ends: list[Tensor] = []
-        self._inside: list[int] = []
         self._tableau = measured.fresh
         self._output = 0
 
@@ -133,21 +132,17 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     def _advance(self, next_t: Tensor) -> Tensor:
         value: Tensor = super()._advance(next_t)
         self._output += 1
-        self._interpolated()
+        self._recording.interpolate(self._output)
         return value
 
     def _advance_until_event(self, event_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
         event_t, value = super()._advance_until_event(event_fn)
         self._output += 1
         if len(self._recording):
-            self._interpolated()
+            self._recording.interpolate(self._output)
         else:
             self._recording.at_start.append(self._output)
         return event_t, value
-
-    def _interpolated(self) -> None:
-        self._recording.interpolate(self._output)
-        self._inside.append(len(self._recording) - 1)
 
     def finish_recording(self) -> None:
         """Called when the solve has returned."""
@@ -177,7 +172,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             start = start + shift[origin[:-1]]
             end = end + shift[origin[1:]]
             size = size + (shift[origin[1:]] - shift[origin[:-1]])
-        inside = torch.tensor(self._inside, dtype=torch.long, device=start.device)
+        inside = torch.tensor([n for n, _ in self._recording.inside], dtype=torch.long, device=start.device)
         theta = (outputs.to(self.dtype) - start[inside]) / (end[inside] - start[inside])
         return Times(start.to(real), size.to(real), end.to(real), theta)
 

@@ -129,7 +129,6 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._ends: list[Tensor] = []
-        self._inside: list[int] = []
         self._output = 0
         self._new: tuple[Tensor, Tensor] | None = None
         self._in_event = False
@@ -189,8 +188,6 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
             self._recording.at_start.append(self._output)
         else:
             self._recording.interpolate(self._output, at_end)
-            if not at_end:
-                self._inside.append(len(self._recording) - 1)
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
         self._in_event = True
@@ -225,7 +222,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
             start, size, end = (torch.stack(times) for times in (self._starts, self._sizes, self._ends))
             shift = (t[0] - t[0].detach()).to(start.dtype)
             start, end = start + shift, end + shift
-        inside = torch.tensor(self._inside, dtype=torch.long, device=start.device)
+        inside = torch.tensor([n for n, _ in self._recording.inside], dtype=torch.long, device=start.device)
         theta = (outputs.to(t.dtype) - start[inside]) / (end[inside] - start[inside])
         return Times(start, size, end, theta)
 

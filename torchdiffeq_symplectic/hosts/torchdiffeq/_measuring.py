@@ -76,7 +76,8 @@ def cached(solver: type, options: Mapping[str, object], base: type, extra: Hasha
 
     Options of ``base``, torchdiffeq's own class, do not change the coefficients, except those named in ``extra``.
     """
-    relevant = tuple((name, value) for name, value in options.items() if name not in options_of(base) | {"norm"})
+    irrelevant = options_of(base) | {"norm"}
+    relevant = tuple((name, value) for name, value in options.items() if name not in irrelevant)
     parts = [getattr(solver, name, None) for name in ("tableau", "mid", "_step_func", "_adaptive_step", "_interp_fit")]
     key = (solver, tuple(map(id, parts)), relevant, extra)
     try:

@@ -127,7 +127,7 @@ def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | 
 def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor]:
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
-        solver = SOLVERS[call.method](func=func, y0=call.y0, rtol=call.rtol, atol=call.atol, **call.options)
+        solver = _solver(SOLVERS[call.method], call, func)
         return _run(solver, call.t, call.event_fn)
 
 
@@ -154,7 +154,7 @@ class _FirstSlope:
 
 
 def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
-    interpolated = [n - 1 for entry in recording.entries for n in range(*entry.interpolated)]
+    interpolated = [output - 1 for _, output in recording.inside]
     if len(interpolated) < len(outputs):
         outputs = outputs[torch.tensor(interpolated, dtype=torch.long, device=outputs.device)]
     times: Times = solver.times(call.t, outputs, call.option("step_t"), call.option("jump_t"))
@@ -175,9 +175,13 @@ def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
             f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
             "Runge-Kutta or Adams method of torchdiffeq, or one of torchdiffeq's own adjoint methods."
         ) from reason
+    return _solver(recording, call, call.func), measured
+
+
+def _solver(solver: type, call: Call, func: Callable[..., Tensor]) -> Any:
+    """An instance of a solver class, for ``func`` in the place of the wrapped field."""
     # Detached: a field may mark the state that it is given as requiring gradients, and that is not to be the caller's.
-    instance = recording(func=call.func, y0=call.y0.detach(), rtol=call.rtol, atol=call.atol, **call.options)
-    return instance, measured
+    return solver(func=func, y0=call.y0.detach(), rtol=call.rtol, atol=call.atol, **call.options)
 
 
 def tableau_of(method: str, options: Mapping[str, Any] | None = None) -> Tableau:
@@ -214,8 +218,10 @@ def _recorder(solver: type) -> tuple[type, Callable[[type, Mapping[str, Any]], A
 
 def _checked_options(mode: Mode, options: Mapping[str, Any]) -> str:
     """Warn of unknown keys as torchdiffeq does; returns how the replay is checked."""
-    upstream = frozenset().union({"norm"}, *map(options_of, SOLVERS.values()))
-    unknown = {key: value for key, value in options.items() if key not in upstream | mode.options | {"replay_check"}}
+    unknown = {key: value for key, value in options.items() if key not in mode.options | {"replay_check", "norm"}}
+    if unknown:
+        upstream = frozenset().union(*map(options_of, SOLVERS.values()))
+        unknown = {key: value for key, value in unknown.items() if key not in upstream}
     if unknown:
         warnings.warn(f"{mode.name}: Unexpected arguments {unknown}", stacklevel=4)
     check = options.get("replay_check", "error")
