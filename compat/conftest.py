@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,13 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
 def pytest_report_header() -> str:
     """The versions under test, as "does it hold on mine?" is what these tests answer."""
     versions = {
@@ -30,6 +38,7 @@ def pytest_report_header() -> str:
         "torch": torch.__version__,
         # Two different releases call themselves 0.2.5, so the methods are told as well.
         "torchdiffeq": f"{torchdiffeq.__version__} with {len(SOLVERS)} methods",
+        "torchdyn": _version_of("torchdyn"),
         "torchdiffeq_symplectic": torchdiffeq_symplectic.__version__,
     }
     return "compat: " + ", ".join(f"{name} {version}" for name, version in versions.items())

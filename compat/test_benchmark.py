@@ -20,6 +20,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 import torchdiffeq
 
 import torchdiffeq_symplectic
@@ -108,6 +109,43 @@ def test_forward_passes_in_turn(benchmark: Any, problem: str) -> None:
     instance = PROBLEMS[problem]()
     runs = {name: partial(instance.solve, solve) for name, solve in FORWARD.items()}
     report(benchmark, f"{problem}, forward, in turn", runs, "adjoint", 3 * ROUNDS[problem])
+
+
+TORCHDYN: dict[str, tuple[str, dict[str, str]]] = {
+    "autograd": ("autograd", {}),
+    "adjoint": ("adjoint", {}),
+    "aca": ("aca", {}),
+    "baseline": ("baseline", {}),
+    "symplectic": ("symplectic", {}),
+    "symplectic, stages": ("symplectic", {"checkpoint": "stages"}),
+}
+
+
+# In single precision torchdyn's adaptive solvers do not reach the tolerance of the small net.
+@pytest.mark.parametrize(("problem", "solver"), [("large net", "dopri5"), ("large net", "rk4"), ("small net", "rk4")])
+@pytest.mark.filterwarnings("ignore:Setting tolerances has no effect")  # torchdyn's, of fixed-step solvers
+def test_torchdyn_in_turn(benchmark: Any, problem: str, solver: str) -> None:
+    """The same networks in torchdyn; "interpolated_adjoint" is left out, as it is no faster than "adjoint"."""
+    core = pytest.importorskip("torchdyn.core")
+    instance = PROBLEMS[problem]()
+    x = instance.leaves[0]
+    times = instance.t if solver == "dopri5" else torch.linspace(0, 1, max(len(instance.t), 10))
+
+    def run(sensitivity: str, options: dict[str, str]) -> object:
+        model = core.NeuralODE(
+            instance.field.network,
+            solver=solver,
+            sensitivity=sensitivity,
+            atol=instance.atol,
+            rtol=instance.rtol,
+            atol_adjoint=instance.atol,
+            rtol_adjoint=instance.rtol,
+        )
+        model.adjoint_options = options
+        return gradient(instance.loss(model(x, times)[1]), instance.leaves)
+
+    runs = {name: partial(run, *arguments) for name, arguments in TORCHDYN.items()}
+    report(benchmark, f"torchdyn, {problem}, {solver}, in turn", runs, "autograd", ROUNDS[problem])
 
 
 @pytest.mark.parametrize("contender", CONTENDERS, ids=[contender.name for contender in CONTENDERS])

@@ -83,7 +83,7 @@ def test_products_within_a_backward_pass() -> None:
             return product
 
     x = torch.tensor([2.0, -3.0], requires_grad=True)
-    Inner.apply(x).sum().backward()  # type: ignore[no-untyped-call]
+    Inner.apply(x).sum().backward()
     assert x.grad is not None
     assert torch.equal(x.grad, 3 * x.detach() ** 2)
 
@@ -243,7 +243,7 @@ def test_saved_tensors_beyond_inputs_are_freed_by_backward_and_offloaded_by_hook
 
     x, extra = torch.ones(2, requires_grad=True), torch.tensor([3.0, 4.0])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = Function.apply(x, [extra])  # type: ignore[no-untyped-call]
+        y = Function.apply(x, [extra])
     assert [tensor.data_ptr() for tensor in packed] == [x.data_ptr(), extra.data_ptr()]
     y.sum().backward()
     assert x.grad is not None
@@ -267,7 +267,7 @@ def test_backward_knows_whether_its_own_graph_is_wanted() -> None:
 
     x = torch.ones(2, requires_grad=True)
     for create_graph in (False, True):
-        torch.autograd.grad(Function.apply(x).sum(), x, create_graph=create_graph)  # type: ignore[no-untyped-call]
+        torch.autograd.grad(Function.apply(x).sum(), x, create_graph=create_graph)
     assert seen == [False, True], "torch.is_grad_enabled() in backward no longer tells of create_graph"
 
 

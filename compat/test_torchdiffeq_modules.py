@@ -5,14 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import json
-import os
 import pickle
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +20,6 @@ Agree = Callable[..., None]
 Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 SETTINGS: dict[str, Any] = {"options": {"first_step": 0.1}, "rtol": 1e-4, "atol": 1e-5}
-SCRIPT = Path(__file__).with_name("distributed_gradient.py")
 
 
 class Field(nn.Module):
@@ -156,26 +150,3 @@ def test_replicas_of_data_parallel(mode: Mode, assert_agree: Agree, replica_of: 
     found = torch.cat(parts, dim=1)
     assert torch.allclose(found, expected, rtol=1e-14, atol=1e-14)
     assert_agree(torch.autograd.grad(found.pow(3).sum(), wanted), torch.autograd.grad(expected.pow(3).sum(), wanted))
-
-
-def in_processes(count: int, mode: str, folder: Path) -> Any:
-    """What rank 0 of ``count`` processes writes."""
-    out, store = folder / f"{mode[:6]}.pt", folder / "store"
-    store.unlink(missing_ok=True)
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
-    commands = [[sys.executable, str(SCRIPT), str(rank), str(store), str(out), mode] for rank in range(count)]
-    processes = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * count
-    finally:
-        for process in processes:
-            process.kill()
-    return torch.load(out, weights_only=True)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-def test_two_processes_have_the_gradient_of_one(mode: Mode, tmp_path: Path, assert_agree: Agree) -> None:
-    """DistributedDataParallel, a parameter unused, on gloo: each process has half of the batch."""
-    found = in_processes(2, json.dumps(mode), tmp_path)
-    assert_agree(found, in_processes(1, "single", tmp_path))

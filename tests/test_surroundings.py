@@ -12,7 +12,7 @@ import torchdiffeq
 from harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.surroundings import modules_of
+from torchdiffeq_symplectic.closures import modules_of
 
 EXACT = 1e-11
 

@@ -1,4 +1,7 @@
-"""Exact gradients at minimal memory for torchdiffeq: ``adjoint_method="symplectic"``, ``"aca"`` and ``"baseline"``."""
+"""Exact gradients at minimal memory for torchdiffeq and torchdyn, by the modes "symplectic", "aca" and "baseline".
+
+``adjoint_method="symplectic"`` in torchdiffeq, ``sensitivity="symplectic"`` in torchdyn.
+"""
 
 from torchdiffeq_symplectic.check import ReplayError, ReplayWarning
 from torchdiffeq_symplectic.field import MissingGradientWarning
@@ -6,7 +9,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq import odeint_adjoint
 from torchdiffeq_symplectic.modes import MODES
 from torchdiffeq_symplectic.registry import register, unregister
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # solving

@@ -55,6 +55,11 @@ class ReplayCheck:
             self._weights.append(weight)
             self._indices.append(index)
 
+    def whole(self, index: int, replayed: Tensor, recorded: Tensor, before: Tensor) -> None:
+        """Compare the state after step ``index``, which led there from ``before``."""
+        one = torch.ones((), dtype=before.dtype.to_real(), device=before.device)
+        self.step(index, replayed, recorded, one, recorded - before, 1.0)
+
     def norm(self, index: int, replayed: Tensor, recorded: Tensor) -> None:
         """Compare a replayed state with the recorded norm of the true one."""
         if self.active and replayed.numel():

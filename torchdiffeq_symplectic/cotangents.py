@@ -103,19 +103,26 @@ class Cotangents:
         if earlier is not None and earlier.interpolated and step.tableau.continues(earlier.tableau):
             self._first_slope = slopes[0].clone()
 
-    def time_of_stage(self, step: Step, i: int, product: Tensor | None, product_t: Tensor | None, y: Tensor) -> None:
-        """What stage ``i`` says: its state ``y`` moves with the step's size, its time with start and size."""
+    def time_of_stage(self, step: Step, i: int, product: Tensor | None, product_t: Tensor | None, rate: Tensor) -> None:
+        """What stage ``i`` says: its state moves with the step's size at ``rate``, its time with start and size."""
         if product is not None:
-            moved = (y.detach() - step.state) / step.size
-            self._grow(self._size, step, _dot(product.reshape(-1), moved.reshape(-1)))
+            self._grow(self._size, step, _dot(product.reshape(-1), rate))
         if product_t is not None:
+            product_t = product_t.reshape(())
             self._grow(self._start, step, product_t)
             self._grow(self._size, step, step.tableau.c[i] * product_t)
+
+    def time_of_whole(self, step: Step, product_t: Tensor | None, product_h: Tensor | None) -> None:
+        """What a whole step says, whose products with respect to its time and size are these."""
+        zero = torch.zeros((), dtype=step.size.dtype, device=step.size.device)
+        self._grow(self._size, step, zero if product_h is None else product_h.reshape(()))
+        if product_t is not None:
+            self._grow(self._start, step, product_t.reshape(()))
 
     def gradients(self, lam: Tensor, params: Sequence[Tensor]) -> Gradients:
         """The result, once every step is swept; ``lam`` is the cotangent of the first step's initial state."""
         trajectory = self._trajectory
-        initial = lam.reshape(-1)
+        initial = lam.reshape(-1).clone()  # lam is a row of the sweep's workspace
         for index in trajectory.at_start:
             initial = initial + self._outputs[index]
         gradients = Gradients(initial.to(trajectory.initial.dtype).reshape(trajectory.initial.shape), params)

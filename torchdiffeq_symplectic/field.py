@@ -1,15 +1,17 @@
-"""Evaluating a solve's field again: slopes, and every vector-Jacobian product that the modes make."""
+"""Evaluating a solve's field again: slopes, whole steps, and every vector-Jacobian product that the modes make."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.engine import vector_jacobian_product
+from torchdiffeq_symplectic.graph import reachable
 from torchdiffeq_symplectic.surroundings import Surroundings
+from torchdiffeq_symplectic.tableau import Whole
 
 __all__ = ["Field", "Linearisation", "MissingGradientWarning"]
 
@@ -63,24 +65,39 @@ class Field:
 
     def __call__(self, t: Tensor, y: Tensor, random: Tensor | None) -> Tensor:
         """The slope ``f(t, y)`` in the present gradient mode, of the state's shape and dtype."""
-        if random is not None:
-            self._surroundings.random.set(random)
-        if self._surroundings.autocast_dtype is None:
-            slope = self._func(t, y)
-        else:
-            with self._surroundings.autocast():
-                slope = self._func(t, y)
+        slope = self._as_in_the_solve(self._func, (t, y), random)
         if slope.dtype != self.dtype:
             self.slope_dtype = slope.dtype
             slope = slope.to(self.dtype)
         return slope if slope.shape == self.shape else slope.expand(self.shape)
 
+    def advance(self, whole: Whole, t: Tensor, h: Tensor, y: Tensor, random: Tensor | None) -> Tensor:
+        """The state after a step that is done again as a whole, in the present gradient mode."""
+        state = self._as_in_the_solve(whole.advance, (t, h, y), random)
+        return state if state.dtype == self.dtype else state.to(self.dtype)
+
+    def _as_in_the_solve(
+        self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...], random: Tensor | None
+    ) -> Tensor:
+        if random is not None:
+            self._surroundings.random.set(random)
+        if self._surroundings.autocast_dtype is None:
+            return function(*arguments)
+        with self._surroundings.autocast():
+            return function(*arguments)
+
     def linearise(self, t: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
         """Evaluate the field with its graph at fresh leaves; to be called where gradients are enabled."""
-        t, y = t.detach(), y.detach().requires_grad_()
-        if self.wants_time:
-            t.requires_grad_()
-        return Linearisation(self, self(t, y, random), t, y)
+        y, (t,) = self._leaves(y, t)
+        return Linearisation(self, self(t, y, random), y, (t,))
+
+    def linearise_step(self, whole: Whole, t: Tensor, h: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
+        """Do a whole step with its graph at fresh leaves; to be called where gradients are enabled."""
+        y, (t, h) = self._leaves(y, t, h)
+        return Linearisation(self, self.advance(whole, t, h, y, random), y, (t, h))
+
+    def _leaves(self, y: Tensor, *times: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        return y.detach().requires_grad_(), tuple(time.detach().requires_grad_(self.wants_time) for time in times)
 
     def params_in(self, slope: Tensor, known: Iterable[Tensor]) -> Sequence[int]:
         """The parameters that the graph of ``slope`` reaches.
@@ -119,62 +136,42 @@ class Field:
 
 
 class Linearisation:
-    """The slope at one stage with its graph, good for one vector-Jacobian product."""
+    """The slope at one stage, or the state after a whole step, with its graph, good for one vector-Jacobian product.
 
-    __slots__ = ("_field", "_t", "slope", "y")
+    Args:
+        field: where products with respect to parameters are accumulated.
+        value: the slope or state.
+        y: the state it is a function of, a leaf.
+        times: the times it is a function of, leaves.
+    """
 
-    def __init__(self, field: Field, slope: Tensor, t: Tensor, y: Tensor) -> None:
-        self._field, self.slope, self._t, self.y = field, slope, t, y
+    __slots__ = ("_field", "times", "value", "y")
 
-    def pull_back(self, cotangent: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """The product with the Jacobians in ``y`` and ``t``, None for zero; that in the parameters is accumulated.
+    def __init__(self, field: Field, value: Tensor, y: Tensor, times: tuple[Tensor, ...]) -> None:
+        self._field, self.value, self.y, self.times = field, value, y, times
+
+    def pull_back(self, cotangent: Tensor) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        """The products with the Jacobians in ``y`` and ``times``, None for zero; those in parameters are accumulated.
 
         ``cotangent`` has the state's shape. The graph is kept for what lies outside of the stage: a tensor that the
         field closes over may be derived from a parameter, and is then walked again at every stage.
         """
-        field, slope = self._field, self.slope
-        if not slope.requires_grad:
-            return None, None
+        field, value = self._field, self.value
+        if not value.requires_grad:
+            return None, (None,) * len(self.times)
         params, totals = field.params, field.param_grads
         if field.walks:
-            chosen = field.params_in(slope, (self.y, self._t))
+            chosen = field.params_in(value, (self.y, *self.times))
             params, totals = tuple(params[i] for i in chosen), [totals[i] for i in chosen]
-        leading = (self.y, self._t) if field.wants_time else (self.y,)
-        grads = vector_jacobian_product(slope, (*leading, *params), cotangent)
+        leading = (self.y, *self.times) if field.wants_time else (self.y,)
+        grads = vector_jacobian_product(value, (*leading, *params), cotangent)
         products = [grad for grad in grads[len(leading) :] if grad is not None]
         if products:
             if len(products) < len(totals):
                 used = zip(totals, grads[len(leading) :], strict=True)
                 totals = [total for total, grad in used if grad is not None]
             torch._foreach_add_(totals, products)
-        return grads[0], grads[1] if field.wants_time else None
-
-
-def reachable(
-    roots: Iterable[torch.autograd.graph.Node | None], nodes: Mapping[torch.autograd.graph.Node, Sequence[int]]
-) -> tuple[set[int], list[Tensor]]:
-    """Walk autograd's graph from ``roots``, not looking past ``nodes``.
-
-    Returns:
-        The numbers of the nodes met, and the leaves met besides.
-    """
-    found: set[int] = set()
-    leaves: list[Tensor] = []
-    stack = [root for root in roots if root is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if node in nodes:
-            found.update(nodes[node])
-            continue
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            leaves.append(leaf)
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return found, leaves
+        return grads[0], grads[1 : len(leading)] if field.wants_time else (None,) * len(self.times)
 
 
 def report_missing(tensors: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def attach(solve: Solve, solution: Tensor, initial: Tensor, times: Times, params
         times: of its steps and outputs.
         params: the tensors that the field depends on and that gradients are wanted for.
     """
-    result: Tensor = _Gradient.apply(  # type: ignore[no-untyped-call]
+    result: Tensor = _Gradient.apply(
         solve, [solution], initial, times.start, times.size, times.theta, times.end.detach(), *params
     )
     return result
@@ -82,8 +83,9 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, solve: Solve, solution: list[Tensor], *tensors: Tensor) -> Tensor:
         recording = solve.recording
         ctx.solve = solve
-        ctx.inputs = len(tensors)
-        ctx.save_for_backward(*tensors, *recording.saved)
+        attributes = solve.surroundings.attributes()
+        ctx.counts = len(tensors), len(attributes)
+        ctx.save_for_backward(*tensors, *attributes, *recording.saved)
         recording.saved = []
         return solution.pop()
 
@@ -91,10 +93,9 @@ class _Gradient(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         (outputs,) = cotangents
         solve: Solve = ctx.solve
-        saved = ctx.saved_tensors
-        initial, start, size, theta, end, *params = saved[: ctx.inputs]
-        trajectory = Trajectory(solve.recording, saved[ctx.inputs :], initial, start, size, end, theta)
-        del saved
+        saved = iter(ctx.saved_tensors)
+        (initial, start, size, theta, end, *params), attributes = (list(islice(saved, n)) for n in ctx.counts)
+        trajectory = Trajectory(solve.recording, tuple(saved), initial, start, size, end, theta)
         field = Field(
             solve.func,
             params,
@@ -105,7 +106,8 @@ class _Gradient(torch.autograd.Function):
             shape=initial.shape,
         )
         check = ReplayCheck(solve.replay_check, trajectory.dtype)
-        with solve.surroundings.restored(trajectory.is_random), hooks_silenced((initial, start, size, theta, *params)):
+        leaves = (initial, start, size, theta, *params)
+        with solve.surroundings.restored(trajectory.is_random, attributes), hooks_silenced(leaves):
             if torch.is_grad_enabled():
                 gradients = backpropagate(trajectory, field, outputs, check, create_graph=True)
             else:

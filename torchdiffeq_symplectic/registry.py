@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from torchdiffeq_symplectic.hosts import torchdiffeq
+from torchdiffeq_symplectic.hosts import torchdiffeq, torchdyn
 
 __all__ = ["register", "unregister"]
 
 
 def register() -> None:
-    """Make ``adjoint_method="symplectic"`` and the other modes known to torchdiffeq.
+    """Make the modes known to the hosts: ``adjoint_method="symplectic"`` to torchdiffeq, ``sensitivity=`` to torchdyn.
 
     Importing the package does it. Doing it again changes nothing. Code that imported ``odeint_adjoint`` from
     torchdiffeq earlier gets the modes, too, but keeps upstream's check that ``options`` comes with ``adjoint_options``.
+    torchdyn is not imported by this: it gets the modes when it is.
     """
     torchdiffeq.register()
+    torchdyn.register()
 
 
 def unregister() -> None:
     """Put back what `register` replaced. ``torchdiffeq_symplectic.odeint_adjoint`` works all the same."""
     torchdiffeq.unregister()
+    torchdyn.unregister()

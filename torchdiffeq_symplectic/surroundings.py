@@ -7,21 +7,12 @@ anew, spectral norm's power iteration) shows in the check of the replay, see `to
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["RandomState", "Surroundings", "hooks_silenced", "modules_of"]
-
-
-def modules_of(func: object) -> list[nn.Module]:
-    """The modules that ``func`` is known to evaluate: itself, a bound method's owner, those of a partial's function."""
-    if isinstance(func, functools.partial):
-        return modules_of(func.func)
-    owner = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
-    return list(owner.modules()) if isinstance(owner, nn.Module) else []
+__all__ = ["RandomState", "Surroundings", "hooks_silenced"]
 
 
 class RandomState:
@@ -51,18 +42,25 @@ class Surroundings:
     """Taken before a solve; `restored` brings them back for its replay.
 
     Args:
-        func: the field, its modules found by `modules_of`.
+        modules: what the field evaluates, see `closures.modules_of`.
         device: where its state lives.
+        attributes: tensors that the host sets on modules anew for each solve: module and name.
 
     Attributes:
         random: the generators that the field may draw from.
         autocast_dtype: the dtype of the autocast region around the solve, or None.
     """
 
-    def __init__(self, func: object, device: torch.device) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        device: torch.device,
+        attributes: Sequence[tuple[nn.Module, str]] = (),
+    ) -> None:
         self.random = RandomState(device)
         self._device = device
-        self._modules = modules_of(func)
+        self._modules = modules
+        self._attributes = [(module, name) for module, name in attributes if isinstance(vars(module)[name], Tensor)]
         self._training = [module.training for module in self._modules]
         self._buffers = [_versions(module) for module in self._modules]
         self._moving: list[nn.Module] = []
@@ -83,9 +81,17 @@ class Surroundings:
         """The autocast region of the solve, without its cache, for the same reason."""
         return torch.autocast(self._device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
+    def attributes(self) -> list[Tensor]:
+        """The present values of the attributes, to be kept with what the recording saves."""
+        return [vars(module)[name].detach() for module, name in self._attributes]
+
     @contextlib.contextmanager
-    def restored(self, random: bool) -> Iterator[None]:
-        """Training flags as in the solve; afterwards flags, buffers and (if ``random``) random state as before."""
+    def restored(self, random: bool, attributes: Sequence[Tensor]) -> Iterator[None]:
+        """Training flags and ``attributes`` as in the solve; afterwards all is as before.
+
+        Buffers, too, and if ``random`` the random state.
+        """
+        held = [vars(module).get(name) for module, name in self._attributes]
         now = [module.training for module in self._modules]
         buffers = [
             (module, {name: (buffer, buffer.detach().clone()) for name, buffer in _buffers(module)})
@@ -97,8 +103,10 @@ class Surroundings:
                 stack.enter_context(torch.autocast(self._device.type, enabled=False))
             try:
                 _set_training(self._modules, self._training, now)
+                _set_attributes(self._attributes, attributes)
                 yield
             finally:
+                _set_attributes(self._attributes, held)
                 _set_training(self._modules, now, self._training)
                 for module, values in buffers:
                     for name, (buffer, value) in values.items():
@@ -135,6 +143,11 @@ def _set_training(modules: Sequence[nn.Module], wanted: Sequence[bool], now: Seq
     if wanted != now:
         for module, flag in zip(modules, wanted, strict=True):
             module.training = flag
+
+
+def _set_attributes(attributes: Sequence[tuple[nn.Module, str]], values: Sequence[object]) -> None:
+    for (module, name), value in zip(attributes, values, strict=True):
+        setattr(module, name, value)
 
 
 def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.tableau import Tableau
+from torchdiffeq_symplectic.tableau import NO_SLOPES, Tableau, Whole
 
 __all__ = ["Keep", "Recording", "Step", "Trajectory", "carriers", "stage_times"]
 
@@ -40,6 +40,8 @@ class _Entry:
     slopes: int | None
     passed: int | None
     random: tuple[int, ...]
+    whole: Whole | None
+    times: tuple[tuple[torch.dtype, torch.Size], ...]
     interpolated: tuple[int, int] = (0, 0)
     at_end: int | None = None
 
@@ -51,6 +53,8 @@ class Recording:
         keep: what of each step is kept.
         saved: the tensors kept, all detached; emptied when they are handed to autograd.
         at_start: indices of outputs that are the initial state itself.
+        final: position of the last state.
+        clock: position of the stages' times as the field saw them, where the host tells them, or None.
         dtype: of the last state; the first one's may be narrower, where the host promotes it.
     """
 
@@ -60,7 +64,9 @@ class Recording:
         self.at_start: list[int] = []
         self.entries: list[_Entry] = []
         self.final: int | None = None
+        self.clock: int | None = None
         self.dtype: torch.dtype | None = None
+        self._times: list[Tensor] = []
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -72,35 +78,43 @@ class Recording:
 
     def step(
         self,
-        tableau: Tableau,
+        form: Tableau | Whole,
         state: Tensor,
         *,
         slopes: Tensor | None = None,
         passed: Tensor | None = None,
         random: Sequence[Tensor] = (),
+        times: Sequence[Tensor] = (),
     ) -> None:
         """Add an accepted step.
 
         Args:
-            tableau: its coefficients.
+            form: its coefficients; or how it is done again, where it has none.
             state: ``y`` at its start.
             slopes: where slopes are kept, those of its own stages, shape ``(s, *y.shape)`` or longer.
             passed: where states are kept and later steps carry a slope of this one in, that slope.
-            random: the random state before each own stage (and the closing slope), or empty.
+            random: the random state before each own stage (and the closing slope), or empty. Before the step if that
+                is done as a whole.
+            times: the time of each own stage (and of the closing slope) as the field saw it, of one element, where
+                that is not what `stage_times` computes. Time and size if the step is done as a whole.
         """
+        whole = form if isinstance(form, Whole) else None
+        self._times += times
         self.entries.append(
             _Entry(
-                tableau,
+                NO_SLOPES if isinstance(form, Whole) else form,
                 self._keep_state(state) if self.entries else None,
                 None if slopes is None else self.save(slopes),
                 None if passed is None else self.save(passed),
                 tuple(self.save(bits) for bits in random),
+                whole,
+                tuple((time.dtype, time.shape) for time in times),
             )
         )
 
-    def interpolate(self, output: int, at_end: bool = False) -> None:
-        """Say that output number ``output`` lies inside the latest step, or is its new state itself."""
-        entry = self.entries[-1]
+    def interpolate(self, output: int, at_end: bool = False, step: int = -1) -> None:
+        """Say that output number ``output`` lies inside a step, the latest if none is named, or is its new state."""
+        entry = self.entries[step]
         if at_end:
             entry.at_end = output
         else:
@@ -116,6 +130,10 @@ class Recording:
         """Add the last state, and settle which steps evaluate their closing slope themselves."""
         self.final = self._keep_state(state)
         self.dtype = state.dtype
+        if self._times:
+            widest = functools.reduce(torch.promote_types, {time.dtype for time in self._times})
+            self.clock = self.save(torch.stack([time.detach().reshape(()).to(widest) for time in self._times]))
+            self._times = []
         for n, entry in enumerate(self.entries):
             following = self.entries[n + 1].tableau if n + 1 < len(self) else None
             if entry.interpolated[1] > 0 and not (following is not None and following.continues(entry.tableau)):
@@ -134,8 +152,9 @@ class Step:
     Attributes:
         index: its number, from 0.
         tableau: its coefficients.
+        whole: how it is done again, where it has none, or None.
         size: the step size, 0-d.
-        times: the time of each own stage, 0-d, in the state's real dtype, as the field saw it.
+        times: the time of each own stage, of one element, as the field saw it; of a whole step, time and size.
         state, next_state: ``y`` at its start and end; their norms where states are not kept, but for the first.
         slopes: kept slopes of the first own stages, shape ``(s, *y.shape)`` or longer, or None.
         passed: the slope that later steps carry in, where that alone is kept, or None.
@@ -148,6 +167,7 @@ class Step:
 
     index: int
     tableau: Tableau
+    whole: Whole | None
     size: Tensor
     times: Sequence[Tensor]
     state: Tensor
@@ -173,7 +193,7 @@ class Trajectory:
 
     Attributes:
         dtype: the dtype of the states (of the last, if the host promotes a state on its way).
-        groups: the tableaus of the solve, each with the numbers of the steps that have it.
+        groups: the tableaus of the solve (`NO_SLOPES` for whole steps), each with the numbers of its steps.
         at_start: the outputs that are the initial state itself.
         has_states, has_slopes: what is kept of every step; without states only their norms are.
         is_random: whether the field drew random numbers.
@@ -194,6 +214,7 @@ class Trajectory:
         self._entries = recording.entries
         self._saved = saved
         self._final = recording.final
+        self._clock = recording.clock
         self.at_start = recording.at_start
         self.has_states = recording.keep is not Keep.NORMS
         self.has_slopes = recording.keep is Keep.SLOPES
@@ -219,7 +240,12 @@ class Trajectory:
         return self._steps[step.index - 1] if step.index else None
 
     def _stage_times(self) -> list[tuple[Tensor, ...]]:
-        """The times of each step's own stages, computed for all steps of a tableau at once."""
+        """The times of each step's own stages: as recorded, or computed for all steps of a tableau at once."""
+        if self._clock is not None:
+            clock = iter(self._saved[self._clock].unbind(0))
+            return [
+                tuple(next(clock).to(dtype).reshape(shape) for dtype, shape in entry.times) for entry in self._entries
+            ]
         real = self.dtype.to_real()
         result: dict[int, tuple[Tensor, ...]] = {}
         times = [times.detach() for times in (self.start, self.size, self.end)]
@@ -244,6 +270,7 @@ class Trajectory:
             Step(
                 index=n,
                 tableau=entry.tableau,
+                whole=entry.whole,
                 size=sizes[n],
                 times=stages[n],
                 state=states[n],

@@ -1,1 +1,1 @@
-"""One adapter a host. torchdiffeq is required; an adapter of another host is used where that host is installed."""
+"""One adapter a host, and what adapters share. torchdiffeq is required; torchdyn is patched when it is imported."""

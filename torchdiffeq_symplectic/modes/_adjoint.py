@@ -13,7 +13,8 @@ and for a carried slope ``l_c`` is passed on to the stage of the earlier step th
 ``b_i A_ij + b_j a_ji = b_i b_j``: the symplectic adjoint method (Matsubara, Miyatake, Yaguchi, NeurIPS 2021,
 https://arxiv.org/abs/2102.09750). In this form no weight is divided by, so stages with ``b_i = 0`` are no special case.
 
-The modes that sweep differ in one thing: when the graphs of the stages are built, and how long they live.
+The modes that sweep differ in one thing: when the graphs of the stages are built, and how long they live. A step of no
+such form is done again as a whole, and differentiated with its whole graph, in all of them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Cotangents, Gradients
 from torchdiffeq_symplectic.field import Field, Linearisation
-from torchdiffeq_symplectic.tableau import Tableau
+from torchdiffeq_symplectic.tableau import NO_SLOPES, Tableau, Whole
 from torchdiffeq_symplectic.trajectory import Step, Trajectory
 
 __all__ = ["StageReplay", "Stages", "sweep"]
@@ -121,8 +122,13 @@ class StageReplay:
         """Evaluate ``k_i`` with its graph; its value goes into the workspace if it is not there yet."""
         linearisation = self.field.linearise(self.step.times[i], self.state(i), self._random(i))
         if i not in self._evaluated:
-            self.work.fresh_stage[i].copy_(linearisation.slope.detach())
+            self.work.fresh_stage[i].copy_(linearisation.value.detach())
         return linearisation
+
+    def rate(self, i: int) -> Tensor:
+        """``sum_j a_ij k_j``, by which ``Y_i`` moves with the step's size; flat."""
+        weights = _stage_weights(self.step.tableau, self.field.dtype, self._flat.device)[i]
+        return torch.mv(self.work.before_stage[i], weights)
 
     def next_state(self) -> Tensor:
         """``y + h * sum_j b_j k_j``, flat; valid while the workspace holds all slopes."""
@@ -152,7 +158,7 @@ def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCh
         stages: builds the graphs of a step's stages.
     """
     cotangents = Cotangents(trajectory, outputs)
-    tableaus = trajectory.groups
+    tableaus = [tableau for tableau in trajectory.groups if tableau is not NO_SLOPES]
     depth = max((tableau.carried + tableau.stages for tableau in tableaus), default=0)
     rows = torch.zeros(depth + 1, field.shape.numel(), dtype=field.dtype, device=trajectory.initial.device)
     fresh = torch.zeros_like(rows) if trajectory.has_slopes else rows
@@ -162,10 +168,13 @@ def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCh
     coefficients = _Coefficients(trajectory)
     lam = rows[-1]
     for step in trajectory.backwards():
-        space = work[step.tableau.layout]
-        replay = StageReplay(step, field, space, coefficients.of(step, space.sizes))
         if step.at_end is not None:
             lam.add_(cotangents.of_output(step.at_end))
+        if step.whole is not None:
+            _sweep_whole(step, step.whole, field, lam, cotangents, check)
+            continue
+        space = work[step.tableau.layout]
+        replay = StageReplay(step, field, space, coefficients.of(step, space.sizes))
         outside = cotangents.of_slopes(step)
         linearised = stages(replay)
         with torch.enable_grad():
@@ -194,14 +203,31 @@ def _sweep_stages(
             check.step(step.index, replay.next_state(), recorded, step.size, work.slopes, weight)
             if wants_time:
                 cotangents.time_of_step(step, work.slopes, work.lam)
-        product, product_t = linearisation.pull_back(replay.cotangent(i, outside.get(i)))
+        product, (product_t,) = linearisation.pull_back(replay.cotangent(i, outside.get(i)))
         if wants_time:
-            cotangents.time_of_stage(step, i, product, product_t, linearisation.y)
+            cotangents.time_of_stage(step, i, product, product_t, replay.rate(i))
         if product is None:
             work.stage[i].zero_()
         else:
             work.stage[i].copy_(product)
         del linearisation  # else its graph lived on while the next one is built
+
+
+def _sweep_whole(
+    step: Step, whole: Whole, field: Field, lam: Tensor, cotangents: Cotangents, check: ReplayCheck
+) -> None:
+    """Turn ``lam`` from the cotangent of the state after the step into that of the state before."""
+    t, h = step.times
+    with torch.enable_grad():
+        linearisation = field.linearise_step(whole, t, h, step.state, step.random[0] if step.random else None)
+    check.whole(step.index, linearisation.value.detach(), step.next_state, step.state)
+    product, products = linearisation.pull_back(lam.view(field.shape))
+    if field.wants_time:
+        cotangents.time_of_whole(step, *products)
+    if product is None:
+        lam.zero_()
+    else:
+        lam.copy_(product.reshape(-1))
 
 
 class _Coefficients:
@@ -223,7 +249,12 @@ class _Coefficients:
         if self._block != block:
             size = self._sizes[number * _BLOCK : (number + 1) * _BLOCK, None]
             wide = size.to(torch.promote_types(size.dtype, self._dtype.to_real()))
-            products = (wide * _weights(step.tableau, wide.dtype, wide.device)).to(self._dtype)
+            products = wide * _weights(step.tableau, wide.dtype, wide.device)
+            narrow = step.tableau.narrow
+            if narrow is not None:
+                rounded = size.to(narrow.dtype) * _weights(step.tableau, narrow.dtype, wide.device)
+                products = torch.where(_rounded(step.tableau, wide.device), rounded.to(wide.dtype), products)
+            products = products.to(self._dtype)
             parts = products.split(list(lengths), dim=1)
             self._rows = list(zip(*(part.unbind(0) for part in parts), strict=True))
             self._block = block
@@ -232,17 +263,27 @@ class _Coefficients:
 
 @functools.lru_cache(maxsize=1024)
 def _weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The coefficients in the order in which a step uses them.
+    """The coefficients in the order in which a step uses them."""
+    return torch.tensor(_in_order(tableau.carried, tableau.a, tableau.b), dtype=dtype, device=device)
 
-    Each stage's a_ij, j before it; its a_ji and b_i, j after it; the same for carried slopes; b; a, whole.
-    """
-    q = tableau.carried
-    before = [weight for row in tableau.a for weight in row]
-    after = [
-        [*(row[column] for row in tableau.a[max(column - q + 1, 0) :]), tableau.b[column]]
-        for column in range(q + tableau.stages)
-    ]
+
+@functools.lru_cache(maxsize=1024)
+def _rounded(tableau: Tableau, device: torch.device) -> Tensor:
+    """Which of these products the host rounds."""
+    assert tableau.narrow is not None
+    return torch.tensor(_in_order(tableau.carried, tableau.narrow.a, tableau.narrow.b), device=device) > 0
+
+
+def _in_order(q: int, a: Sequence[Sequence[float]], b: Sequence[float]) -> list[float]:
+    """Each stage's a_ij, j before it; its a_ji and b_i, j after it; the same for the q carried slopes; b; a, whole."""
+    before = [weight for row in a for weight in row]
+    after = [[*(row[column] for row in a[max(column - q + 1, 0) :]), b[column]] for column in range(len(b))]
     flat = [weight for column in [*after[q:], *after[:q]] for weight in column]
-    columns = q + tableau.stages
-    matrix = [weight for row in tableau.a for weight in [*row, *[0.0] * (columns - len(row))]]
-    return torch.tensor([*before, *flat, *tableau.b, *matrix], dtype=dtype, device=device)
+    matrix = [weight for row in a for weight in [*row, *[0.0] * (len(b) - len(row))]]
+    return [float(weight) for weight in [*before, *flat, *b, *matrix]]
+
+
+@functools.lru_cache(maxsize=1024)
+def _stage_weights(tableau: Tableau, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    """The rows of ``a``."""
+    return [torch.tensor(row, dtype=dtype, device=device) for row in tableau.a]

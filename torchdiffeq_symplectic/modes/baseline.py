@@ -16,6 +16,7 @@ from torch import Tensor
 from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.tableau import Narrow
 from torchdiffeq_symplectic.trajectory import Keep, Step, Trajectory, carriers
 
 __all__ = ["Baseline", "backpropagate"]
@@ -52,7 +53,7 @@ def backpropagate(
     gate = _Gate()
     with torch.enable_grad():
         if create_graph:
-            initial, *times = (_Gated.apply(source, gate) for source in sources)  # type: ignore[no-untyped-call]
+            initial, *times = (_Gated.apply(source, gate) for source in sources)
         else:
             initial, *times = (source.detach() for source in sources)
             initial.requires_grad_()
@@ -110,6 +111,7 @@ class _Replay:
         self._slopes: list[list[Tensor]] = []
         self._passed: dict[int, Tensor] = {}
         self._states: list[Tensor] = []
+        self._looked = False
 
     def solution(self, length: int) -> Tensor:
         """The solution at all output times, shape ``(length, *y0.shape)``."""
@@ -131,19 +133,37 @@ class _Replay:
 
     def _advance(self, step: Step, state: Tensor) -> Tensor:
         tableau, size, start = step.tableau, self._size[step.index], self._start[step.index]
+        if step.whole is not None:
+            t, h = (
+                time + (moving - moving.detach()).to(time.dtype)
+                for time, moving in zip(step.times, (start, size), strict=True)
+            )
+            self._slopes.append([])
+            result = self._field.advance(step.whole, t, h, state, step.random[0] if step.random else None)
+            self._look(result, t, h, state)
+            return result
         slopes = [self._passed[n] for n in carriers(step.index, tableau)]
+        rounded: Sequence[Sequence[bool]] = [()] * (tableau.stages + 1)
+        if tableau.narrow is not None:
+            rounded = [*tableau.narrow.a, tableau.narrow.b]
         for i, (row, node) in enumerate(zip(tableau.a, tableau.c, strict=True)):
             moving = start + node * size
             t = step.times[i] + (moving - moving.detach()).to(step.times[i].dtype)
-            y = self._combine(state, size, row, slopes)
+            y = self._combine(state, size, row, slopes, tableau.narrow, rounded[i])
             slope = self._field(t, y, step.random[i] if step.random else None)
-            if slope.requires_grad and not (self._slopes or i):
-                self._field.params_in(slope, (t, y, self._initial, self._start, self._size))
+            if not i:
+                self._look(slope, t, y)
             slopes.append(slope)
         self._slopes.append(slopes)
         if tableau.passes is not None:
             self._passed[step.index] = slopes[tableau.carried + tableau.passes]
-        return self._combine(state, size, tableau.b, slopes)
+        return self._combine(state, size, tableau.b, slopes, tableau.narrow, rounded[-1])
+
+    def _look(self, value: Tensor, *known: Tensor) -> None:
+        """Report what the first graph reaches that nobody listed."""
+        if value.requires_grad and not self._looked:
+            self._field.params_in(value, (*known, self._initial, self._start, self._size))
+        self._looked = True
 
     def _inside(self, step: Step, theta: Tensor) -> Tensor:
         slopes = self._slopes[step.index]
@@ -161,11 +181,22 @@ class _Replay:
         return self._combine(self._states[step.index], self._size[step.index], weights, slopes)
 
     def _combine(
-        self, state: Tensor, size: Tensor, weights: Sequence[float | Tensor], slopes: Sequence[Tensor]
+        self,
+        state: Tensor,
+        size: Tensor,
+        weights: Sequence[float | Tensor],
+        slopes: Sequence[Tensor],
+        narrow: Narrow | None = None,
+        rounded: Sequence[bool] = (),
     ) -> Tensor:
         total = state.to(self._field.dtype) if slopes else state
         wide = size.to(torch.promote_types(size.dtype, self._field.dtype.to_real()))
-        for weight, slope in zip(weights, slopes, strict=True):
+        for i, (weight, slope) in enumerate(zip(weights, slopes, strict=True)):
             if isinstance(weight, Tensor) or weight:
-                total = total + (wide * weight).to(self._field.dtype) * slope
+                product = wide * weight
+                if narrow is not None and rounded[i]:
+                    # The value is the host's, the derivative that of the product.
+                    value = size.detach().to(narrow.dtype) * torch.tensor(weight, dtype=narrow.dtype)
+                    product = product + (value.to(product.dtype) - product.detach())
+                total = total + product.to(self._field.dtype) * slope
         return total

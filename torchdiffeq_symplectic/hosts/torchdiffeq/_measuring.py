@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torchdiffeq_symplectic.hosts.measuring import measuring
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import Perturb
-from torchdiffeq_symplectic.tableau import ProbeField, UnknownFormError
+from torchdiffeq_symplectic.tableau import ProbeField
 
-__all__ = ["Probe", "cached", "maximum", "measuring", "options_of", "scalar"]
+__all__ = ["Probe", "cached", "maximum", "options_of", "scalar"]
 
 _SIDES = {Perturb.NONE: 0, Perturb.PREV: -1, Perturb.NEXT: 1}
 
@@ -44,18 +44,6 @@ def scalar(value: float) -> Tensor:
 def maximum(tensor: Tensor) -> Tensor:
     """A norm for solvers that want one; the user's may depend on the shape of the true state."""
     return tensor.abs().max()
-
-
-def measuring(run: Callable[[], T]) -> T:
-    """Run a measurement; whatever goes wrong in a step that meets the probe means that its form is not known."""
-    with torch.no_grad(), torch.device("cpu"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # unknown options are reported by the solve itself
-        try:
-            return run()
-        except UnknownFormError:
-            raise
-        except Exception as error:
-            raise UnknownFormError(f"its step fails on a probe ({type(error).__name__}: {error})") from error
 
 
 @functools.cache

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.check import REPLAY_CHECKS
-from torchdiffeq_symplectic.field import reachable, report_missing
+from torchdiffeq_symplectic.closures import modules_of
+from torchdiffeq_symplectic.field import report_missing
 from torchdiffeq_symplectic.gradient import Solve, Times, attach
+from torchdiffeq_symplectic.graph import reachable
 from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
@@ -27,8 +27,8 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
 )
 from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
 from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import options_of
-from torchdiffeq_symplectic.modes import Mode
-from torchdiffeq_symplectic.surroundings import Surroundings, modules_of
+from torchdiffeq_symplectic.modes import Mode, chosen
+from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError
 from torchdiffeq_symplectic.trajectory import Recording
 
@@ -81,8 +81,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         NotImplementedError: before the solve starts, if the method's steps are not of a form that can be replayed.
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
-    check = _checked_options(mode, call.adjoint_options)
-    keep = mode.keeps(call.adjoint_options)
+    keep, check = chosen(mode, call.adjoint_options, _options_of_upstream)
     call.params = tuple(dict.fromkeys(call.params))
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
@@ -90,7 +89,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     if not any(tensor is not None and tensor.requires_grad for tensor in sources):
         return _plain(call, _FirstSlope(call))
     solver, measured = _recording_solver(mode, call)
-    surroundings = Surroundings(call.given, call.y0.device)
+    surroundings = Surroundings(modules_of(call.given), call.y0.device)
     recording = Recording(keep)
     if call.event_fn is None and isinstance(solver, FixedRecorder):
         solver.use_grid(call.y0, call.t)
@@ -216,18 +215,8 @@ def _recorder(solver: type) -> tuple[type, Callable[[type, Mapping[str, Any]], A
     raise UnknownFormError(f"{solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver")
 
 
-def _checked_options(mode: Mode, options: Mapping[str, Any]) -> str:
-    """Warn of unknown keys as torchdiffeq does; returns how the replay is checked."""
-    unknown = {key: value for key, value in options.items() if key not in mode.options | {"replay_check", "norm"}}
-    if unknown:
-        upstream = frozenset().union(*map(options_of, SOLVERS.values()))
-        unknown = {key: value for key, value in unknown.items() if key not in upstream}
-    if unknown:
-        warnings.warn(f"{mode.name}: Unexpected arguments {unknown}", stacklevel=4)
-    check = options.get("replay_check", "error")
-    if check not in REPLAY_CHECKS:
-        raise ValueError(f'adjoint_options["replay_check"] must be one of {REPLAY_CHECKS}, but is {check!r}')
-    return str(check)
+def _options_of_upstream() -> frozenset[str]:
+    return frozenset({"norm"}).union(*map(options_of, SOLVERS.values()))
 
 
 def _undeclared(call: Call) -> list[Tensor]:

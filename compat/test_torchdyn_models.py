@@ -1,0 +1,358 @@
+"""torchdyn's layers and models in the field, trained in each mode against ``sensitivity="autograd"`` step by step.
+
+They set and keep what a replay must find again: depth, control and noise of the last forward call, gradients switched
+on inside the field, weights that are computed from the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+
+pytest.importorskip("torchdyn")
+
+from torchdyn.core import NeuralODE
+from torchdyn.models import CNF, GNF, HNN, LNN
+from torchdyn.models.cnf import autograd_trace, hutch_trace
+from torchdyn.nn import (
+    Augmenter,
+    Chebychev,
+    DataControl,
+    DepthCat,
+    Fourier,
+    GalConv2d,
+    GalLinear,
+    GaussianRBF,
+    MultiquadRBF,
+    Polynomial,
+    VanillaRBF,
+)
+from torchdyn_cases import each_mode
+from torchdyn_training import assert_same_training, built
+
+each_solver = pytest.mark.parametrize("solver", ["rk4", "dopri5", pytest.param("tsit5", marks=pytest.mark.slow)])
+POINTS = torch.linspace(-1.2, 1.6, 10, dtype=torch.float64).reshape(5, 2)
+TARGET = torch.linspace(0.7, -0.4, 10, dtype=torch.float64).reshape(5, 2)
+TIMES = torch.tensor([0.0, 0.15, 0.5, 1.0], dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    """torchdyn's layers and noise are of the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def net(inputs: int, outputs: int, hidden: int = 6) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, hidden), nn.Softplus(), nn.Linear(hidden, outputs))
+
+
+def to_the_target(model: Any, step: int) -> Any:
+    """All outputs, each weighed differently; the state may have more columns than the target."""
+    _, solution = model(POINTS, TIMES)
+    weights = torch.linspace(0.4, 1.3, len(solution))
+    return (weights * (solution - TARGET).square().mean((1, 2))).sum()
+
+
+def of_field(field: Callable[[], nn.Module], solver: str, **settings: Any) -> Callable[[str], nn.Module]:
+    return lambda sensitivity: NeuralODE(field(), solver=solver, sensitivity=sensitivity, **settings)
+
+
+# Continuous normalizing flows.
+
+
+def noise(dimensions: int = 2) -> MultivariateNormal:
+    return MultivariateNormal(torch.zeros(dimensions), torch.eye(dimensions))
+
+
+def conditional() -> Any:
+    """A flow whose network sees depth and data."""
+    return CNF(nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 2)))
+
+
+FLOWS: dict[str, Callable[[], nn.Module]] = {
+    "exact trace": lambda: CNF(net(2, 2)),
+    "exact trace, named": lambda: CNF(net(2, 2), trace_estimator=autograd_trace),
+    "of depth": conditional,
+    "Hutchinson": lambda: CNF(net(2, 2), trace_estimator=hutch_trace, noise_dist=noise()),
+    "Hutchinson, inside": lambda: nn.Sequential(CNF(net(2, 2), trace_estimator=hutch_trace, noise_dist=noise())),
+}
+each_flow = pytest.mark.parametrize("flow", FLOWS)
+
+
+def flow_model(flow: str, solver: str) -> Callable[[str], nn.Module]:
+    def build(sensitivity: str) -> nn.Module:
+        tolerances = {} if solver == "rk4" else {"atol": 1e-4, "rtol": 1e-4}
+        node = NeuralODE(FLOWS[flow](), solver=solver, sensitivity=sensitivity, return_t_eval=False, **tolerances)
+        node.t_span = TIMES if solver == "rk4" else None
+        return nn.Sequential(Augmenter(1, 1), node)
+
+    return build
+
+
+def negative_log_likelihood(model: nn.Module, x: Tensor) -> Tensor:
+    end = model(x)[-1]
+    loss: Tensor = -(noise().log_prob(end[:, 1:]) + end[:, 0]).mean()
+    return loss
+
+
+@each_solver
+@each_flow
+@each_mode
+def test_flow(mode: str, flow: str, solver: str) -> None:
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return negative_log_likelihood(model, torch.randn(6, 2))
+
+    assert_same_training(flow_model(flow, solver), loss, mode)
+
+
+@each_flow
+@each_mode
+def test_flow_of_two_batches_before_one_backward(mode: str, flow: str) -> None:
+    """The second solve draws noise for itself: the first one's is no longer on the module in backward."""
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return negative_log_likelihood(model, torch.randn(6, 2)) + 2 * negative_log_likelihood(model, torch.randn(6, 2))
+
+    assert_same_training(flow_model(flow, "dopri5"), loss, mode)
+
+
+@each_mode
+def test_flow_of_two_batches_of_different_size(mode: str) -> None:
+    """The noise that a replay finds does not even have the shape of its own."""
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        return negative_log_likelihood(model, torch.randn(6, 2)) + negative_log_likelihood(model, torch.randn(3, 2))
+
+    assert_same_training(flow_model("Hutchinson", "dopri5"), loss, mode)
+
+
+@each_mode
+def test_noise_of_the_last_forward_call_is_there_after_backward(mode: str) -> None:
+    """What backward puts in place for the replay, it takes away again."""
+    model = built(flow_model("Hutchinson", "rk4"), mode)
+    first, second = negative_log_likelihood(model, torch.randn(6, 2)), negative_log_likelihood(model, torch.randn(6, 2))
+    flow = next(module for module in model.modules() if isinstance(module, CNF))
+    noise_before = flow.noise.clone()
+    first.backward()
+    assert torch.equal(flow.noise, noise_before)
+    second.backward()
+    assert torch.equal(flow.noise, noise_before)
+
+
+@each_mode
+def test_samples_and_densities_of_a_flow(mode: str) -> None:
+    """Trained forwards, sampled backwards without gradient, and back again: the density that the samples came with."""
+
+    def loss(model: nn.Module, step: int) -> Any:
+        node: Any = model[1]  # type: ignore[index]
+        ends = torch.cat([torch.zeros(6, 1), torch.randn(6, 2)], 1)
+        with torch.no_grad():
+            samples = node.trajectory(ends, torch.linspace(1, 0, 2))[-1]
+        return negative_log_likelihood(model, samples[:, 1:]) + 0.1 * model(samples[:, 1:])[-1].square().mean()
+
+    assert_same_training(flow_model("exact trace", "dopri5"), loss, mode)
+
+
+# Depth and data.
+
+
+def depth_field() -> nn.Module:
+    return nn.Sequential(DepthCat(1), nn.Linear(3, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 2))
+
+
+def controlled_field() -> nn.Module:
+    return nn.Sequential(DataControl(), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def both_field() -> nn.Module:
+    return nn.Sequential(DataControl(), DepthCat(1), nn.Linear(5, 6), nn.Tanh(), DataControl(), nn.Linear(8, 2))
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "DepthCat": depth_field,
+    "DataControl": controlled_field,
+    "DepthCat, DataControl": both_field,
+}
+each_layer = pytest.mark.parametrize("layer", LAYERS)
+
+
+@each_solver
+@each_layer
+@each_mode
+def test_layer(mode: str, layer: str, solver: str) -> None:
+    assert_same_training(of_field(LAYERS[layer], solver), to_the_target, mode)
+
+
+@each_layer
+@each_mode
+def test_layer_of_two_batches_before_one_backward(mode: str, layer: str) -> None:
+    """Depth and control on the module are those of the second solve when the first is replayed."""
+
+    def loss(model: Any, step: int) -> Any:
+        first, second = model(POINTS, TIMES)[1], model(POINTS[:3] + 2, TIMES * 2 + 1)[1]
+        return first.square().mean() + second[1:].pow(3).mean()
+
+    assert_same_training(of_field(LAYERS[layer], "dopri5"), loss, mode)
+
+
+@each_mode
+def test_control_by_data_that_is_itself_trained(mode: str) -> None:
+    """torchdyn detaches the control: what encodes the data is trained as the initial state alone."""
+
+    def build(sensitivity: str) -> nn.Module:
+        node = NeuralODE(controlled_field(), solver="dopri5", sensitivity=sensitivity, return_t_eval=False)
+        return nn.Sequential(nn.Linear(2, 2), node)
+
+    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@each_mode
+def test_augmenter_with_a_network(mode: str, order: str) -> None:
+    def build(sensitivity: str) -> nn.Module:
+        augmenter = Augmenter(1, augment_func=nn.Linear(2, 3), order=order)
+        return nn.Sequential(
+            augmenter, NeuralODE(net(5, 5), solver="tsit5", sensitivity=sensitivity, return_t_eval=False)
+        )
+
+    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
+
+
+# Galerkin layers: weights are computed from the time, which DepthCat puts into the last column.
+
+BASES: dict[str, Callable[[], nn.Module]] = {
+    "Fourier": lambda: Fourier(3),
+    "Polynomial": lambda: Polynomial(2),
+    "Chebychev": lambda: Chebychev(2),
+    "VanillaRBF": lambda: VanillaRBF(3),
+    "GaussianRBF": lambda: GaussianRBF(3),
+    "MultiquadRBF": lambda: MultiquadRBF(3),
+}
+each_basis = pytest.mark.parametrize("basis", BASES)
+
+
+def galerkin(layer: nn.Module) -> nn.Module:
+    """Coefficients that are not zero, which is what torchdyn starts from."""
+    with torch.no_grad():
+        for name, parameter in layer.named_parameters():
+            parameter.copy_(0.5 * torch.randn(parameter.shape) + (name == "dilation"))
+    return layer
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@each_basis
+@each_mode
+def test_galerkin_layer(mode: str, basis: str, solver: str) -> None:
+    def field() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), DepthCat(1), galerkin(GalLinear(4, 2, expfunc=BASES[basis]())))
+
+    assert_same_training(of_field(field, solver), to_the_target, mode)
+
+
+@each_mode
+def test_two_galerkin_layers(mode: str) -> None:
+    def field() -> nn.Module:
+        first, second = GalLinear(2, 4, expfunc=Fourier(3)), GalLinear(4, 2, expfunc=Polynomial(2))
+        return nn.Sequential(DepthCat(1), galerkin(first), nn.Tanh(), DepthCat(1), galerkin(second))
+
+    assert_same_training(of_field(field, "tsit5"), to_the_target, mode)
+
+
+@each_mode
+def test_galerkin_convolution(mode: str) -> None:
+    def field() -> nn.Module:
+        return nn.Sequential(DepthCat(1), galerkin(GalConv2d(2, 2, kernel_size=3, padding=1, expfunc=Fourier(3))))
+
+    images = torch.linspace(-1, 1, 2 * 2 * 4 * 4).reshape(2, 2, 4, 4)
+    assert_same_training(of_field(field, "rk4"), lambda model, step: model(images, TIMES)[1].square().mean(), mode)
+
+
+# Dynamics of second order, and fields that are gradients of an energy.
+
+
+def second_order_with_depth() -> nn.Module:
+    return nn.Sequential(DepthCat(1), nn.Linear(5, 6), nn.Tanh(), DepthCat(1), nn.Linear(7, 2))
+
+
+@pytest.mark.parametrize("field", [lambda: net(4, 2), second_order_with_depth], ids=["plain", "depth"])
+@each_solver
+@each_mode
+def test_second_order(mode: str, solver: str, field: Callable[[], nn.Module]) -> None:
+    def build(sensitivity: str) -> nn.Module:
+        node = NeuralODE(field(), solver=solver, order=2, sensitivity=sensitivity, return_t_eval=False)
+        node.t_span = TIMES
+        return nn.Sequential(Augmenter(1, augment_func=nn.Linear(2, 2)), node)
+
+    assert_same_training(build, lambda model, step: model(POINTS)[1:].square().mean(), mode)
+
+
+@each_mode
+def test_third_order(mode: str) -> None:
+    def build(sensitivity: str) -> nn.Module:
+        node = NeuralODE(net(6, 2), solver="dopri5", order=3, sensitivity=sensitivity, return_t_eval=False)
+        return nn.Sequential(Augmenter(1, 4), node)
+
+    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
+
+
+class Lagrangian(nn.Module):
+    """Of a mass that depends a little on position and speed, so that its second derivative stays far from zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(2, 1)
+
+    def forward(self, state: Tensor) -> Tensor:
+        result: Tensor = 0.2 * self.net(state) + 0.7 * state[..., 1:].square()
+        return result
+
+
+ENERGIES: dict[str, Callable[[], nn.Module]] = {
+    "HNN": lambda: HNN(net(2, 1)),
+    "GNF": lambda: GNF(net(2, 1)),
+}
+
+
+@each_solver
+@pytest.mark.parametrize("energy", ENERGIES)
+@each_mode
+def test_energy(mode: str, energy: str, solver: str) -> None:
+    assert_same_training(of_field(ENERGIES[energy], solver), to_the_target, mode)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@each_mode
+def test_lagrangian(mode: str, solver: str) -> None:
+    """torchdyn takes a Jacobian and a Hessian for each point by itself, which is slow."""
+
+    def loss(model: Any, step: int) -> Tensor:
+        return model(POINTS[:2], TIMES)[1].square().mean()  # type: ignore[no-any-return]
+
+    assert_same_training(of_field(lambda: LNN(Lagrangian()), solver), loss, mode, steps=2)
+
+
+@each_mode
+def test_energy_along_a_trajectory(mode: str) -> None:
+    def loss(model: Any, step: int) -> Tensor:
+        return (model.trajectory(POINTS, TIMES)[-1] - TARGET).square().mean()  # type: ignore[no-any-return]
+
+    assert_same_training(of_field(ENERGIES["HNN"], "dopri5"), loss, mode)
+
+
+@each_mode
+def test_energy_of_several_particles(mode: str) -> None:
+    """Positions and momenta of two particles each, from the same state at two speeds."""
+    x = torch.linspace(-1, 1.3, 12).reshape(3, 4)
+
+    def loss(model: Any, step: int) -> Tensor:
+        return model(x, TIMES)[1].square().mean() + model(x, 0.5 * TIMES)[1][-1].pow(3).mean()  # type: ignore[no-any-return]
+
+    assert_same_training(of_field(lambda: HNN(net(4, 1)), "tsit5"), loss, mode)

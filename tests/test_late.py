@@ -1,0 +1,377 @@
+"""Something is done when a module is imported, now or later, and the import is what it would have been."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from torchdiffeq_symplectic.hosts import late
+from torchdiffeq_symplectic.hosts.late import forget, when_imported
+
+SOURCE = '"""A module of a host."""\n\nVALUE = 3\n\n\ndef double(x):\n    return 2 * x\n'
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The name of a package with a module ``inner``, which nobody has imported."""
+    name = f"waited_for_{next(_numbers)}"
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "__init__.py").write_text(f"from {name}.inner import VALUE\n")
+    (folder / "inner.py").write_text(SOURCE)
+    (folder / "other.py").write_text("VALUE = 4\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = list(sys.meta_path)
+    yield name
+    forget(f"{name}.inner")
+    for imported in [imported for imported in sys.modules if imported.split(".")[0] == name]:
+        del sys.modules[imported]
+    assert sys.meta_path == before, "a finder is left behind"
+
+
+@pytest.fixture
+def inner(package: str) -> str:
+    """The name of the package's module."""
+    return f"{package}.inner"
+
+
+def rewrite(name: str, source: str, folder: Path) -> None:
+    """Give a module another source."""
+    folder.joinpath(*name.split(".")).with_suffix(".py").write_text(source)
+    importlib.invalidate_caches()
+
+
+# When it is done.
+
+
+def test_a_module_that_is_there_already_is_not_waited_for(inner: str) -> None:
+    importlib.import_module(inner)
+    before, called = list(sys.meta_path), []
+    when_imported(inner, lambda: called.append(1))
+    assert called == [1]
+    assert sys.meta_path == before
+
+
+def test_it_is_done_once_when_the_module_is_complete(inner: str) -> None:
+    seen: list[int] = []
+    when_imported(inner, lambda: seen.append(sys.modules[inner].VALUE))
+    assert seen == []
+    assert inner not in sys.modules
+    importlib.import_module(inner)
+    assert seen == [3]
+    importlib.reload(sys.modules[inner])
+    assert seen == [3]
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import {0}", "import {0}.inner", "from {0} import VALUE", "from {0}.inner import double", "import {0}.other"],
+)
+def test_it_does_not_matter_how_it_is_imported(statement: str, package: str, inner: str) -> None:
+    called: list[int] = []
+    when_imported(inner, lambda: called.append(1))
+    exec(statement.format(package), {})
+    assert called == [1]
+
+
+def test_other_modules_are_imported_as_ever(package: str, inner: str, tmp_path: Path) -> None:
+    rewrite(f"{package}.__init__", "", tmp_path)
+    called: list[int] = []
+    when_imported(inner, lambda: called.append(1))
+    other = importlib.import_module(f"{package}.other")
+    assert type(other.__loader__) is SourceFileLoader
+    assert called == []
+
+
+def test_a_module_may_be_looked_for_before_it_is_imported(inner: str) -> None:
+    called: list[int] = []
+    when_imported(inner, lambda: called.append(1))
+    sys.modules[inner.split(".")[0]] = parent = ModuleType("parent")
+    parent.__path__ = []
+    importlib.util.find_spec(inner)
+    assert called == []
+    del sys.modules[inner.split(".")[0]]
+    importlib.import_module(inner)
+    assert called == [1]
+
+
+def test_the_latest_of_several_wishes_counts(inner: str) -> None:
+    called: list[str] = []
+    for wish in ("first", "second"):
+        when_imported(inner, lambda wish=wish: called.append(wish))  # type: ignore[misc]
+    importlib.import_module(inner)
+    assert called == ["second"]
+
+
+def test_what_is_done_may_import_the_module_itself(inner: str) -> None:
+    """As the adapter does, whose patches need the host's names."""
+    found: list[ModuleType] = []
+    when_imported(inner, lambda: found.append(importlib.import_module(inner)))
+    module = importlib.import_module(inner)
+    assert found == [module]
+
+
+def test_a_wish_that_comes_while_another_thread_imports_the_module_is_granted(
+    inner: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+    monkeypatch.setattr("builtins.waited_for_events", (begun, may_end), raising=False)
+    rewrite(inner, "begun, may_end = waited_for_events\nbegun.set()\nmay_end.wait(10)\nVALUE = 5\n", tmp_path)
+    seen: list[int] = []
+    importing = threading.Thread(target=importlib.import_module, args=(inner,))
+    importing.start()
+    assert begun.wait(10)
+    threading.Timer(0.1, may_end.set).start()  # the wish may wait for the import to end
+    when_imported(inner, lambda: seen.append(sys.modules[inner].VALUE))
+    importing.join()
+    assert seen == [5]
+
+
+def test_an_import_in_another_thread_counts(inner: str) -> None:
+    called: list[str] = []
+    when_imported(inner, lambda: called.append(threading.current_thread().name))
+    thread = threading.Thread(target=importlib.import_module, args=(inner,), name="importing")
+    thread.start()
+    thread.join()
+    assert called == ["importing"]
+
+
+# Taking it back.
+
+
+def test_what_is_forgotten_is_not_done(inner: str) -> None:
+    before, called = list(sys.meta_path), []
+    when_imported(inner, lambda: called.append(1))
+    forget(inner)
+    assert sys.meta_path == before
+    importlib.import_module(inner)
+    assert called == []
+
+
+def test_forgetting_what_nobody_asked_for_is_nothing(inner: str) -> None:
+    before = list(sys.meta_path)
+    forget(inner)
+    forget(inner)
+    assert sys.meta_path == before
+
+
+def test_the_finder_stays_while_another_module_is_waited_for(package: str, inner: str) -> None:
+    called: list[str] = []
+    when_imported(inner, lambda: called.append("inner"))
+    when_imported(f"{package}.other", lambda: called.append("other"))
+    importlib.import_module(inner)
+    assert called == ["inner"]
+    importlib.import_module(f"{package}.other")
+    assert called == ["inner", "other"]
+
+
+def test_the_finder_stands_once_however_often_one_asks(inner: str) -> None:
+    for _ in range(3):
+        when_imported(inner, lambda: None)
+    assert sys.meta_path.count(late._finder) == 1
+
+
+# The module is what it would have been.
+
+
+def attributes(module: ModuleType) -> dict[str, Any]:
+    """What the import system says of a module."""
+    assert module.__spec__ is not None
+    return {
+        "loader": (type(module.__loader__), vars(module.__loader__)),
+        "same loader": module.__spec__.loader is module.__loader__,
+        "spec": {name: value for name, value in vars(module.__spec__).items() if name != "loader"},
+        "names": {name for name in vars(module) if name.startswith("__")},
+        "file": module.__file__,
+        "cached": module.__cached__,
+        "package": module.__package__,
+        "doc": module.__doc__,
+    }
+
+
+@pytest.mark.parametrize("part", ["inner", ""], ids=["module", "package"])
+def test_module_and_loader_are_the_same_with_and_without(part: str, package: str) -> None:
+    name = f"{package}.{part}".rstrip(".")
+    expected = attributes(importlib.import_module(name))
+    for imported in (package, f"{package}.inner"):
+        del sys.modules[imported]
+    when_imported(name, lambda: None)
+    found = attributes(importlib.import_module(name))
+    assert found == expected
+    assert found["same loader"]
+
+
+def test_its_source_is_found(inner: str) -> None:
+    when_imported(inner, lambda: None)
+    module = importlib.import_module(inner)
+    assert inspect.getsource(module) == SOURCE
+    assert inspect.getsource(module.double) == "def double(x):\n    return 2 * x\n"
+    assert module.__loader__ is not None
+    assert module.__loader__.get_source(inner) == SOURCE  # type: ignore[attr-defined]
+
+
+def test_the_loader_is_its_own_while_it_is_executed(inner: str, tmp_path: Path) -> None:
+    """Modules read their own data and source."""
+    rewrite(inner, "VALUE = LOADER, OTHER = type(__loader__), type(__spec__.loader)\n", tmp_path)
+    when_imported(inner, lambda: None)
+    module = importlib.import_module(inner)
+    assert module.LOADER is module.OTHER is SourceFileLoader
+
+
+def test_what_is_found_of_it_beforehand_has_a_loader_that_knows_its_source(package: str, inner: str) -> None:
+    """Tools look at modules that they do not import: ``python -m``, coverage, type checkers."""
+    when_imported(inner, lambda: None)
+    spec = importlib.util.find_spec(package)
+    assert spec is not None
+    spec = late._finder.find_spec(inner, spec.submodule_search_locations)
+    assert spec is not None
+    assert spec.loader.get_source(inner) == SOURCE  # type: ignore[union-attr]
+
+
+# Errors.
+
+
+def test_an_error_in_the_module_is_the_users_own_and_the_wish_stays(inner: str, tmp_path: Path) -> None:
+    rewrite(inner, "raise ArithmeticError('inside')\n", tmp_path)
+    called: list[int] = []
+    when_imported(inner, lambda: called.append(1))
+    with pytest.raises(ArithmeticError, match="inside"):
+        importlib.import_module(inner)
+    assert called == []
+    assert inner not in sys.modules
+    rewrite(inner, SOURCE, tmp_path)
+    assert importlib.import_module(inner).VALUE == 3
+    assert called == [1]
+
+
+def test_a_module_that_is_not_there_is_missing_as_ever(package: str) -> None:
+    absent = f"{package}.absent"
+    importlib.import_module(package)
+    when_imported(absent, lambda: None)
+    try:
+        with pytest.raises(ModuleNotFoundError, match=rf"^No module named '{absent}'$") as caught:
+            importlib.import_module(absent)
+        assert caught.value.name == absent
+        assert importlib.util.find_spec(absent) is None
+    finally:
+        forget(absent)
+
+
+def test_a_parent_that_is_not_there_is_missing_as_ever() -> None:
+    when_imported("nowhere_at_all.inner", lambda: None)
+    try:
+        with pytest.raises(ModuleNotFoundError, match=r"^No module named 'nowhere_at_all'$"):
+            importlib.import_module("nowhere_at_all.inner")
+    finally:
+        forget("nowhere_at_all.inner")
+
+
+# Beside other finders.
+
+
+class Blocking(importlib.abc.MetaPathFinder):
+    """Refuses a module, as tests do that pretend that something is not installed."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name == self.name:
+            raise ModuleNotFoundError(f"{name} is blocked", name=name)
+        return None
+
+
+@contextlib.contextmanager
+def asked_first(finder: Any) -> Iterator[None]:
+    """Another finder, which is asked before those that are there."""
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+
+
+def test_a_finder_that_refuses_the_module_is_heard(inner: str) -> None:
+    called: list[int] = []
+    with asked_first(Blocking(inner)):
+        when_imported(inner, lambda: called.append(1))
+        with pytest.raises(ModuleNotFoundError, match="is blocked"):
+            importlib.import_module(inner)
+    importlib.import_module(inner)
+    assert called == [1]
+
+
+# Python 3.10 and 3.11 say themselves that they ask such a finder, and how.
+@pytest.mark.filterwarnings("ignore:.*find_module:ImportWarning")
+def test_a_finder_without_find_spec_does_no_harm(inner: str) -> None:
+    """Of the kind that Python 3.11 still takes and Python 3.12 passes over."""
+
+    class Old:
+        def find_module(self, name: str, path: object = None) -> None:
+            return None
+
+    called: list[int] = []
+    with asked_first(Old()):
+        when_imported(inner, lambda: called.append(1))
+        importlib.import_module(inner)
+    assert called == [1]
+
+
+class Watching(importlib.abc.MetaPathFinder):
+    """Another package's hook of the same make: asks all finders, itself left out, and wraps what it is given."""
+
+    def __init__(self, name: str, action: Callable[[], None], guarded: bool) -> None:
+        self.name, self.action, self.guarded = name, action, guarded
+        self.asking = False
+
+    def find_spec(self, name: str, path: Sequence[str] | None, target: Any = None) -> ModuleSpec | None:
+        if name != self.name or self.asking:
+            return None
+        self.asking = self.guarded
+        try:
+            specs = (other.find_spec(name, path, target) for other in sys.meta_path if other is not self)
+            spec = next(spec for spec in specs if spec is not None)
+        finally:
+            self.asking = False
+        loader: Any = spec.loader
+        execute, action = loader.exec_module, self.action
+
+        class Loader(importlib.abc.Loader):
+            def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+                return None
+
+            def exec_module(self, module: ModuleType) -> None:
+                execute(module)
+                action()
+
+        spec.loader = Loader()
+        return spec
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["guarded", "unguarded"])
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_another_hook_of_the_same_make_is_granted_its_wish_too(inner: str, first: str, guarded: bool) -> None:
+    called: list[str] = []
+    with contextlib.ExitStack() as stack:
+        if first == "theirs":
+            when_imported(inner, lambda: called.append("ours"))
+        stack.enter_context(asked_first(Watching(inner, lambda: called.append("theirs"), guarded)))
+        if first == "ours":
+            when_imported(inner, lambda: called.append("ours"))
+        importlib.import_module(inner)
+    assert called.count("ours") == 1
+    assert "theirs" in called

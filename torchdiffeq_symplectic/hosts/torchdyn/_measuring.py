@@ -1,0 +1,229 @@
+"""Reading the coefficients of torchdyn's solvers off their own `step`.
+
+A solver is an object that may be changed at any time (its tableau is cast to the dtype of each state, and may be
+trained), so what is measured is remembered only as long as nothing in it changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.hosts.measuring import measuring
+from torchdiffeq_symplectic.tableau import Outcome, ProbeField, Tableau, UnknownFormError, measure
+
+__all__ = ["Clock", "Measured"]
+
+_REMEMBERED = 64
+
+
+class Clock(NamedTuple):
+    """How times come to a step: PyTorch's rules of promotion tell 0-d tensors from those of shape (1,).
+
+    Attributes:
+        t_dim, h_dim: number of dimensions of time and step size.
+        rounding: their dtype, where that is narrower than the state's, or None.
+    """
+
+    t_dim: int
+    h_dim: int
+    rounding: torch.dtype | None
+
+    @classmethod
+    def of(cls, t: Tensor, h: Tensor, state: torch.dtype) -> Clock:
+        """The clock of a step from ``t`` of size ``h``."""
+        precision = torch.finfo(state).eps
+        narrow = h.dtype.is_floating_point and torch.finfo(h.dtype).eps > precision
+        return cls(t.dim(), h.dim(), h.dtype if narrow else None)
+
+    def times(self, t: float, h: float) -> tuple[Tensor, Tensor]:
+        """Time and size as such a step gets them."""
+        dtype = self.rounding or torch.float64
+        return tuple(  # type: ignore[return-value]
+            torch.tensor(value, dtype=dtype).reshape((1,) * dim) for value, dim in ((t, self.t_dim), (h, self.h_dim))
+        )
+
+
+class Measured:
+    """The tableaus of one solver as it is now.
+
+    Args:
+        solver: the solver, synchronised with the state.
+        interpolator: of the solve, or None.
+        args: what `step` is given besides.
+        keys: the keys of a state that is a dictionary, or None.
+    """
+
+    def __init__(
+        self, solver: nn.Module, interpolator: Any, args: Mapping[str, Any], keys: Sequence[str] | None
+    ) -> None:
+        self._solver, self._interpolator, self._args, self._keys = solver, interpolator, args, keys
+        marks = (_mark(vars(solver)), None if interpolator is None else _mark(vars(interpolator)))
+        step = getattr(type(solver), "step", None)
+        self._key = (marks, id(step), type(interpolator), tuple(keys or ()), None if not args else object())
+        self._parts = step, *_values(vars(solver)), *([] if interpolator is None else _values(vars(interpolator)))
+        self._tableaus = functools.cache(self._measure)
+
+    def start(self, clock: Clock) -> Tableau:
+        """A step of an adaptive solver whose first slope is that at its start; UnknownFormError if there is none."""
+        return self._tableaus(clock, "start")
+
+    def carrying(self, clock: Clock) -> Tableau:
+        """A step of an adaptive solver whose first slope is the one that the step before handed on."""
+        return self._tableaus(clock, "carrying")
+
+    def alone(self, clock: Clock) -> Tableau:
+        """A step that evaluates all of its slopes."""
+        return self._tableaus(clock, "alone")
+
+    def _measure(self, clock: Clock, first: str) -> Tableau:
+        known = _cache.setdefault(self._solver, {})
+        key = (*self._key, clock, first)
+        if key not in known:
+            while len(known) >= _REMEMBERED:
+                del known[next(iter(known))]
+            known[key] = (self._parts, self._read(clock, first))
+        return known[key][1]
+
+    def _read(self, clock: Clock, first: str) -> Tableau:
+        def run() -> Tableau:
+            probe = _Probe(
+                copy.deepcopy(self._solver), self._interpolator, self._args, self._keys, clock, first == "start"
+            )
+            tableau = measure(probe.step, int(first == "carrying"), clock.rounding)
+            probe.verify_times(tableau)
+            return tableau.first_same_as_last()
+
+        return measuring(run)
+
+
+# The parts are kept alive so that their ids stay theirs.
+_cache: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Tableau]]] = weakref.WeakKeyDictionary()
+
+
+class _Probe:
+    """A solver whose step meets a probe.
+
+    Args:
+        solver: a copy of the solver.
+        interpolator, args, keys: as for `Measured`.
+        clock: how times come to it.
+        starts: whether it is given the slope at its start.
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        interpolator: Any,
+        args: Mapping[str, Any],
+        keys: Sequence[str] | None,
+        clock: Clock,
+        starts: bool,
+    ) -> None:
+        self._solver, self._interpolator, self._args, self._clock = solver, interpolator, args, clock
+        self._starts = starts
+        # Entries of a dictionary differ by these factors, so that a step that mixes them betrays itself.
+        self._factors = None if keys is None else {key: 2.0**i for i, key in enumerate(keys)}
+
+    def step(self, field: ProbeField, t: float, h: float, y: Tensor, carried: Sequence[Tensor]) -> Outcome:
+        """One step of the solver, for `measure`."""
+
+        def func(t: Tensor, y: Any) -> Any:
+            return self._spread(field(float(t), self._gathered(y), 0))
+
+        time, size = self._clock.times(t, h)
+        state, first, handed, new, rest = self._run(func, time, size, y, carried)
+        dense: Sequence[Tensor] = []
+        if self._interpolator is not None:
+            dense = _interpolant(self._interpolator, time, size, (first, handed), (state, new), rest[1])
+        return Outcome(self._gathered(new), None if handed is None else self._gathered(handed), dense)
+
+    def verify_times(self, tableau: Tableau) -> None:
+        """See that the step lets gradients of its time and size through; UnknownFormError if it does not."""
+        stages: list[tuple[Tensor, Tensor]] = []
+
+        def func(t: Tensor, y: Any) -> Any:
+            stages.append((t, self._gathered(y)))
+            return self._spread(torch.ones(1, dtype=torch.float64))
+
+        carried = [torch.ones(1, dtype=torch.float64)] * tableau.carried
+        with torch.enable_grad():
+            leaves = self._clock.times(0.0, 1.0)
+            time, size = (leaf.requires_grad_() for leaf in leaves)
+            *_, new, _ = self._run(func, time, size, torch.zeros(1, dtype=torch.float64), carried)
+            expected = [(t, (1.0, node)) for (t, _), node in zip(stages, tableau.c, strict=True)]
+            expected += [(y, (0.0, sum(row))) for (_, y), row in zip(stages, tableau.a, strict=True)]
+            expected.append((self._gathered(new), (0.0, sum(tableau.b))))
+        for result, rates in expected:
+            found: Sequence[Tensor | None] = (None, None)
+            if result.requires_grad:
+                found = torch.autograd.grad(result, leaves, torch.ones_like(result), True, allow_unused=True)
+            for gradient, rate in zip(found, rates, strict=True):
+                if abs((0.0 if gradient is None else float(gradient)) - rate) > 1e-5 * (1 + abs(rate)):
+                    raise UnknownFormError("it stops gradients of its times")
+
+    def _run(
+        self, func: Any, time: Tensor, size: Tensor, y: Tensor, carried: Sequence[Tensor]
+    ) -> tuple[Any, Any, Any, Any, Sequence[Any]]:
+        state = self._spread(y)
+        self._solver.sync_device_dtype(state, time.detach())
+        first = self._spread(carried[0]) if carried else func(time, state) if self._starts else None
+        handed, new, *rest = self._solver.step(func, state, time, size, k1=first, args=self._args)
+        return state, first, handed, new, rest
+
+    def _spread(self, y: Tensor) -> Any:
+        return y if self._factors is None else {key: y * factor for key, factor in self._factors.items()}
+
+    def _gathered(self, state: Any) -> Tensor:
+        if self._factors is None:
+            tensor: Tensor = state
+            return tensor
+        values: list[Tensor] = [state[key] / factor for key, factor in self._factors.items()]
+        if not all(torch.allclose(value, values[0], rtol=1e-14, atol=1e-14) for value in values):
+            raise UnknownFormError("it does not treat the entries of the state alike")
+        return values[0]
+
+
+def _interpolant(
+    interpolator: Any, t: Tensor, h: Tensor, slopes: Sequence[Any], states: Sequence[Any], stages: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """The coefficients of the interpolating polynomial, as torchdyn's own solve has them computed."""
+    weights = interpolator.bmid.to(torch.float64)
+    middle = states[0] + h * sum(weights[i] * stages[i] for i in range(len(stages)))
+    coefficients: list[Tensor] = interpolator.fit(h, *slopes, *states, middle)
+    at = 0.3
+    shown = interpolator.evaluate([c.clone() for c in coefficients], t, t + h, t + at * h)
+    powers = sum((c * at**power for power, c in enumerate(coefficients)), torch.zeros_like(middle))
+    if not torch.allclose(shown, powers, rtol=1e-5, atol=1e-5):
+        raise UnknownFormError("its interpolation is not the polynomial that it fits")
+    return coefficients
+
+
+def _mark(value: object) -> Hashable:
+    """Something that changes when ``value`` or a part of it does."""
+    if isinstance(value, Tensor):
+        return id(value), value._version, value.requires_grad
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return value
+    if isinstance(value, list | tuple):
+        return tuple(map(_mark, value))
+    if isinstance(value, dict):
+        return tuple((name, _mark(part)) for name, part in value.items())
+    if isinstance(value, nn.Module):
+        return id(value), _mark(vars(value))
+    return id(value)
+
+
+def _values(value: object) -> list[object]:
+    """The parts whose ids a mark is made of."""
+    if isinstance(value, list | tuple):
+        return [found for part in value for found in _values(part)]
+    if isinstance(value, dict):
+        return _values(list(value.values()))
+    return [value, *(_values(vars(value)) if isinstance(value, nn.Module) else [])]

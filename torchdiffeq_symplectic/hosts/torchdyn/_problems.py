@@ -1,0 +1,158 @@
+"""The methods of torchdyn's problems that are patched, and what they are replaced by."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+from torchdiffeq_symplectic.hosts.torchdyn._host import MultipleShootingProblem, NeuralODE, ODEProblem
+from torchdiffeq_symplectic.hosts.torchdyn._solving import Call, solve
+from torchdiffeq_symplectic.modes import MODES, Mode
+
+__all__ = ["patch", "unpatch"]
+
+_OWN = ("autograd", "adjoint", "interpolated_adjoint")
+_SIGNATURE = inspect.signature(ODEProblem.__init__)
+
+
+def mode_of(problem: Any) -> Mode | None:
+    """The gradient mode that a problem asks for, None if one of torchdyn's; ValueError for an unknown name.
+
+    torchdyn dispatches on ``sensalg``. Its adjoint modes solve with ``solver_adjoint``, which may name a mode, too.
+    """
+    name = problem.sensalg
+    if name in _OWN[1:] and isinstance(problem.solver_adjoint, str):
+        name = problem.solver_adjoint
+    if isinstance(name, str) and name in MODES:
+        return MODES[name]
+    if name not in _OWN:
+        known = '", "'.join([*_OWN, *MODES])
+        raise ValueError(f'sensitivity must be one of {{"{known}"}}, but is {name!r}')
+    return None
+
+
+_upstream_init = ODEProblem.__init__
+_upstream_odeint = ODEProblem.odeint
+_upstream_odeint_parallel = MultipleShootingProblem.odeint
+_upstream_trajectory = NeuralODE.trajectory
+
+
+@functools.wraps(_upstream_init)
+def _init(self: Any, *args: Any, **kwargs: Any) -> None:
+    if not any(isinstance(value, str) and value in MODES for value in (*args, *kwargs.values())):
+        _upstream_init(self, *args, **kwargs)
+        return
+    bound = _SIGNATURE.bind(self, *args, **kwargs)
+    chosen = bound.arguments.get("solver_adjoint")
+    named = isinstance(chosen, str) and chosen in MODES
+    if named:
+        bound.arguments["solver_adjoint"] = None
+    _upstream_init(*bound.args, **bound.kwargs)
+    if named:
+        del self.solver_adjoint  # a module, in whose place nothing else can be put
+        self.solver_adjoint = chosen
+
+
+@functools.wraps(_upstream_odeint)
+def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -> Any:  # noqa: B006 (torchdyn's)
+    mode = mode_of(self)
+    if mode is None:
+        return _upstream_odeint(self, x, t_span, save_at, args)
+    # A field that carries the running cost in its state has integrated it already.
+    carried = (
+        getattr(self.vf, "sensitivity", None) == "autograd" and getattr(self.vf, "integral_loss", None) is not None
+    )
+    return solve(
+        mode,
+        Call(
+            self.vf,
+            x,
+            t_span,
+            self.solver,
+            self.atol,
+            self.rtol,
+            self.interpolator,
+            save_at,
+            args,
+            None if carried else self.integral_loss,
+            _options(self),
+        ),
+    )
+
+
+@functools.wraps(_upstream_odeint_parallel)
+def _odeint_parallel(self: Any, x: Any, t_span: Any, B0: Any = None) -> Any:  # noqa: N803 (torchdyn's)
+    mode = mode_of(self)
+    if mode is None:
+        return _upstream_odeint_parallel(self, x, t_span, B0)
+    raise NotImplementedError(
+        f'multiple shooting (solver {self.parallel_solver!r}) cannot be differentiated by sensitivity="{mode.name}": '
+        'its iterations are no steps. Use sensitivity="autograd", or ODEProblem or NeuralODE with a sequential solver.'
+    )
+
+
+@functools.wraps(_upstream_trajectory)
+def _trajectory(self: Any, x: Any, t_span: Any) -> Any:
+    mode = mode_of(self)
+    if mode is None:
+        return _upstream_trajectory(self, x, t_span)
+    x, t_span = self._prep_integration(x, t_span)
+    return solve(mode, Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=_options(self)))[1]
+
+
+def _options(problem: Any) -> dict[str, Any]:
+    options: dict[str, Any] = getattr(problem, "adjoint_options", None) or {}
+    return options
+
+
+class _Sensitivity:
+    """``model.sensitivity``: assigning a mode, or going away from one, makes the model what it would have been.
+
+    torchdyn keeps the name in three places, and dispatches on another than the one that is assigned. Assigning one of
+    torchdyn's own to another of them does what it always did.
+    """
+
+    def __get__(self, problem: Any, owner: type | None = None) -> Any:
+        if problem is None:
+            return self
+        try:
+            return vars(problem)["sensitivity"]
+        except KeyError:
+            raise AttributeError("sensitivity") from None
+
+    def __set__(self, problem: Any, name: Any) -> None:
+        held = vars(problem)
+        held["sensitivity"] = name
+        before = held.get("sensalg")
+        if before is not None and any(isinstance(known, str) and known in MODES for known in (name, before)):
+            problem.sensalg = name
+            if hasattr(problem.vf, "sensitivity"):
+                problem.vf.sensitivity = name
+
+
+_sensitivity = _Sensitivity()
+_PATCHES = (
+    (ODEProblem, "__init__", _upstream_init, _init),
+    (ODEProblem, "odeint", _upstream_odeint, _odeint),
+    (MultipleShootingProblem, "odeint", _upstream_odeint_parallel, _odeint_parallel),
+    (NeuralODE, "trajectory", _upstream_trajectory, _trajectory),
+)
+
+
+def patch() -> None:
+    """Make torchdyn's problems know the modes. Doing it again changes nothing; what others have replaced stays."""
+    for owner, name, upstream, own in _PATCHES:
+        if getattr(owner, name) is upstream:
+            setattr(owner, name, own)
+    if "sensitivity" not in vars(ODEProblem):
+        ODEProblem.sensitivity = _sensitivity
+
+
+def unpatch() -> None:
+    """Put back what `patch` replaced."""
+    for owner, name, upstream, own in _PATCHES:
+        if getattr(owner, name) is own:
+            setattr(owner, name, upstream)
+    if vars(ODEProblem).get("sensitivity") is _sensitivity:
+        del ODEProblem.sensitivity

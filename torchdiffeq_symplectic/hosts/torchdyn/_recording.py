@@ -1,0 +1,444 @@
+"""torchdyn's own solve, listened to: the field, the solver and the interpolator are replaced by ones that write down.
+
+torchdyn's loops call ``solver.step`` and decide by what comes back. They run here with the times' graph and without
+that of the states: each ``t`` and ``dt`` that a step is called with is then a differentiable function of ``t_span``, as
+torchdyn itself computed it, and the choice of the first step size is a constant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from torchdiffeq_symplectic.gradient import Times
+from torchdiffeq_symplectic.graph import reachable
+from torchdiffeq_symplectic.hosts.listening import Evaluations
+from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
+from torchdiffeq_symplectic.hosts.torchdyn._measuring import Clock, Measured
+from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
+from torchdiffeq_symplectic.surroundings import RandomState
+from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError, Whole
+from torchdiffeq_symplectic.trajectory import Keep, Recording
+
+__all__ = ["Listener", "Recorder", "RecordingInterpolator", "RecordingSolver"]
+
+Cost = Callable[[Tensor, Any], Tensor]
+
+
+class Listener(Evaluations):
+    """The field, as torchdyn's solver calls it; once `listening` is over, nothing but the field.
+
+    Args:
+        func: ``func(t, x)``.
+        cost: the running cost ``cost(t, x)``, any shape, or None.
+        layout: of the states.
+        captured: is told what the first evaluation uses.
+        random: the generators that the field may draw from.
+        slopes: whether to collect the slopes.
+
+    Attributes:
+        listening: whether anything is to be heard.
+        transparent: whether slopes keep their graph.
+        times: of the evaluations of this step, as the field saw them; costs: the running cost there, 0-d.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        cost: Cost | None,
+        layout: Layout,
+        captured: Captured,
+        random: RandomState,
+        slopes: bool,
+    ) -> None:
+        super().__init__(random, slopes)
+        self._func, self._cost, self._layout, self._captured = func, cost, layout, captured
+        self._looked = False
+        self.listening = True
+        self.transparent = False
+        self.times: list[Tensor] = []
+        self.costs: list[Tensor] = []
+
+    def start_step(self) -> None:
+        """Forget the evaluations so far."""
+        super().start_step()
+        self.times.clear()
+        self.costs.clear()
+
+    def __call__(self, t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.listening:
+            return self._func(t, x, *args, **kwargs)
+        self.before()
+        if self.transparent:
+            self._looked = True
+            return self._func(t, x, *args, **kwargs)
+        # Aliases: a field may mark what it is given as requiring gradients.
+        t, x = t.detach(), detached(x)
+        self.times.append(t)
+        with torch.set_grad_enabled(not self._looked):
+            if not self._looked:
+                # A field that takes the state apart and marks the parts must not make them leaves.
+                for part in tensors_in(x):
+                    part.requires_grad_(part.is_floating_point() or part.is_complex())
+            slope = self._func(t, x, *args, **kwargs)
+            cost = None if self._cost is None else self._cost(t, x).sum()
+        if not self._looked:
+            self._looked = True
+            self._captured.look([*tensors_in(slope), *tensors_in(cost)], [t, *tensors_in(x)])
+        slope = detached(slope)
+        if cost is not None:
+            self.costs.append(cost.detach())
+        if self._wants_slopes:
+            self.after(self._layout.pack(slope, detached(cost)))
+        return slope
+
+    def conclude(self) -> None:
+        """Hear no more, and keep nothing of what was heard: a replay calls the field through this."""
+        self.listening = False
+        self.start_step()
+
+    def without_slopes(self) -> None:
+        """Do not collect slopes, as the steps have none to be kept."""
+        self._wants_slopes = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Heard:
+    """Evaluations of the field in their order, as the listener heard them."""
+
+    times: Sequence[Tensor] = ()
+    draws: Sequence[Tensor] = ()
+    slopes: Sequence[Tensor] = ()
+    costs: Sequence[Tensor] = ()
+    drew: bool = False
+
+    @classmethod
+    def of(cls, listener: Listener) -> _Heard:
+        """What was heard since the step was started."""
+        times, draws, slopes, costs = map(tuple, (listener.times, listener.draws, listener.slopes, listener.costs))
+        return cls(times, draws, slopes, costs, bool(draws) and listener.drew)
+
+    def only(self, part: slice) -> _Heard:
+        """Some of the evaluations."""
+        return _Heard(self.times[part], self.draws[part], self.slopes[part], self.costs[part], self.drew)
+
+    def then(self, later: _Heard) -> _Heard:
+        """These, and the ``later`` ones."""
+        return _Heard(
+            (*self.times, *later.times),
+            (*self.draws, *later.draws),
+            (*self.slopes, *later.slopes),
+            (*self.costs, *later.costs),
+            self.drew or later.drew,
+        )
+
+
+class _Attempt(NamedTuple):
+    """A step that torchdyn tried, and has not said yet whether it accepts it; ``inside`` are outputs in it."""
+
+    x: State
+    new: State
+    t: Tensor
+    dt: Tensor
+    first: State | None
+    handed: State | None
+    heard: _Heard
+    inside: list[Tensor]
+
+
+class Recorder:
+    """Writes down the steps that torchdyn accepts.
+
+    A step is accepted if the next one starts from its result, the same object, or if it is the last.
+
+    Args:
+        solver: the user's solver.
+        interpolator: the user's interpolator, or None.
+        listener: the field.
+        layout: of the states.
+        captured: is told what a whole step uses.
+        keep: what of each step is kept.
+        args: what ``solver.step`` is given besides.
+        refuse: makes the error that says why a solver cannot be differentiated.
+
+    Attributes:
+        recording: the accepted steps.
+        field: the field as the solver is given it.
+    """
+
+    def __init__(
+        self,
+        solver: Any,
+        interpolator: Any,
+        listener: Listener,
+        layout: Layout,
+        captured: Captured,
+        keep: Keep,
+        args: Mapping[str, Any],
+        refuse: Callable[[str], Exception],
+    ) -> None:
+        self.recording = Recording(keep)
+        self._solver, self._interpolator = solver, interpolator
+        self._listener, self._layout, self._captured = listener, layout, captured
+        self._args, self._refuse = args, refuse
+        self._measured: Measured | None = None
+        self._is_whole = False
+        self._whole: Whole | None = None
+        self._attempt: _Attempt | None = None
+        self._heard = _Heard()
+        self._form: Tableau | Whole | None = None
+        self._total: Tensor | None = None
+        self._final: State | None = None
+        self._starts: list[Tensor] = []
+        self._sizes: list[Tensor] = []
+        self._inside: list[list[Tensor]] = []
+        self.field: Callable[..., Any] = listener
+
+    @property
+    def reversed(self) -> bool:
+        """Whether time runs backwards: torchdyn then gives its solver the negative field of the negative time."""
+        return self.field is not self._listener
+
+    def measure(self, x: State, t_span: Tensor) -> None:
+        """Called when torchdyn has synchronised its solver with the state, before the first evaluation."""
+        self._final = x
+        keys = None if isinstance(x, Tensor) else list(x)
+        self._measured = Measured(self._solver, self._interpolator, self._args, keys)
+        adaptive = self._solver.stepping_class == "adaptive"
+        clock = Clock.of(t_span[0], t_span[0], self._layout.pack(x).dtype)
+        try:
+            if any(parameter.requires_grad for parameter in self._solver.parameters()):
+                raise UnknownFormError("it has parameters of its own")
+            if not self._layout.uniform:
+                raise UnknownFormError("the entries of the state are not of one floating dtype")
+            if adaptive:
+                self._measured.start(clock)
+            else:
+                self._measured.alone(clock)
+        except UnknownFormError as reason:
+            if adaptive:
+                raise self._refuse(str(reason)) from reason
+            if self._layout.cost:
+                raise self._refuse(f"{reason}, so integral_loss has no weights to be integrated with") from reason
+            self._is_whole = True
+            self._listener.without_slopes()
+
+    def step(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: State | None, args: Any) -> Any:
+        """In the place of ``solver.step``."""
+        listener = self._listener
+        self._settle(x)
+        first = self._form is None
+        if first:
+            self.field = f
+            self._heard = _Heard.of(listener).only(slice(1))
+        listener.start_step()
+        if first and self._is_whole:
+            self._whole = Whole(functools.partial(_advance, self._solver, f, self._layout, args))
+            handed, rest = None, [None]
+            new = self._followed(self._whole, x, t.detach(), dt.detach())
+        else:
+            with torch.no_grad():
+                handed, new, *rest = self._solver.step(f, x, t.detach(), dt.detach(), k1=k1, args=args)
+        new = detached(new)
+        self._attempt = _Attempt(x, new, t, dt, k1, handed, _Heard.of(listener), [])
+        return handed, new, *rest
+
+    def _followed(self, whole: Whole, x: State, t: Tensor, dt: Tensor) -> State:
+        """The result of a first step that is whole, if autograd can follow it back to the state it starts from."""
+        self._listener.transparent = True
+        with torch.enable_grad():
+            start = self._layout.pack(x).detach().clone().requires_grad_()
+            end = whole.advance(t, dt, start)
+        self._listener.transparent = False
+        _, leaves = reachable([end.grad_fn], {})
+        if not any(leaf is start for leaf in leaves):
+            raise self._refuse("autograd cannot follow its step back to the state that it starts from")
+        self._captured.look([end], [start, t, dt])
+        return self._layout.unpack(end.detach())
+
+    def inside(self, theta: Tensor) -> None:
+        """An output is interpolated in the latest step, which is thereby accepted."""
+        assert self._attempt is not None
+        self._attempt.inside.append(theta)
+
+    def _settle(self, x: State) -> None:
+        """Record the latest step if the next one starts from its result ``x``."""
+        attempt = self._attempt
+        self._attempt = None
+        if attempt is not None and x is attempt.new:
+            self._record(attempt)
+        elif attempt is not None and x is not attempt.x:
+            raise self._refuse("torchdyn goes on from a state that its step did not give")
+
+    def _record(self, attempt: _Attempt) -> None:
+        self._final = attempt.new
+        self._starts.append(attempt.t.reshape(()))
+        self._sizes.append(attempt.dt.reshape(()))
+        self._inside.append([theta.reshape(()) for theta in attempt.inside])
+        state = self._layout.pack(attempt.x, self._total)
+        if self._whole is not None:
+            self._form = self._whole
+            random = attempt.heard.draws[:1] if attempt.heard.drew else ()
+            self.recording.step(self._whole, state, random=random, times=(attempt.t, attempt.dt))
+            return
+        carried = self._heard.only(slice(-1, None))
+        tableau = self._tableau(attempt, state.dtype)
+        own = carried.then(attempt.heard) if attempt.first is not None and not tableau.carried else attempt.heard
+        if self._layout.cost:
+            self._add_cost(tableau, attempt.dt, (*(carried.costs if tableau.carried else ()), *own.costs))
+        slopes = passed = None
+        if self.recording.keep is Keep.SLOPES:
+            slopes = torch.stack(list(own.slopes[: tableau.stages]))
+            slopes = slopes.neg() if self.reversed else slopes
+        elif self.recording.keep is Keep.STATES and tableau.passes is not None:
+            assert attempt.handed is not None
+            cost = own.costs[tableau.passes] if self._layout.cost else None
+            passed = self._layout.pack(detached(attempt.handed), self._signed(cost))
+        random = own.draws if own.drew else ()
+        times = [time.neg() if self.reversed else time for time in own.times]
+        self.recording.step(tableau, state, slopes=slopes, passed=passed, random=random, times=times)
+        self._form, self._heard = tableau, attempt.heard
+
+    def _tableau(self, attempt: _Attempt, dtype: torch.dtype) -> Tableau:
+        assert self._measured is not None
+        clock = Clock.of(attempt.t, attempt.dt, dtype)
+        try:
+            if attempt.first is None:
+                return self._measured.alone(clock)
+            if isinstance(self._form, Tableau) and self._form.passes is not None:
+                return self._measured.carrying(clock)
+            return self._measured.start(clock)
+        except UnknownFormError as reason:
+            raise self._refuse(str(reason)) from reason
+
+    def _add_cost(self, tableau: Tableau, dt: Tensor, costs: Sequence[Tensor]) -> None:
+        size = dt.detach().reshape(()).to(torch.promote_types(dt.dtype, costs[0].dtype))
+        weighted = [weight * size * cost for weight, cost in zip(tableau.b, costs, strict=False) if weight]
+        change = self._signed(torch.stack(weighted).sum())
+        assert change is not None
+        self._total = change if self._total is None else self._total + change
+
+    def _signed(self, cost: Tensor | None) -> Tensor | None:
+        return cost.neg() if cost is not None and self.reversed else cost
+
+    def finish(self, t_eval: Tensor, rows: Tensor) -> Tensor:
+        """Called when torchdyn has returned: settle which output is which state.
+
+        Args:
+            t_eval: the times that torchdyn returned.
+            rows: its solution, packed.
+
+        Returns:
+            The solution; where there is a running cost, its integral is the last entry of the last row, which is the
+            last state, added if that is no output.
+        """
+        self._listener.conclude()
+        if self._attempt is not None:
+            self._record(self._attempt)
+            self._attempt = None
+        ends = self._at_end(t_eval.detach(), len(rows))
+        output = len(rows) - sum(map(len, self._inside)) - sum(ends)
+        if output:
+            self.recording.at_start.append(0)
+        for n, thetas in enumerate(self._inside):
+            for _ in thetas:
+                self.recording.interpolate(output, step=n)
+                output += 1
+            if ends[n]:
+                self.recording.interpolate(output, at_end=True, step=n)
+                output += 1
+        assert self._final is not None
+        final = self._layout.pack(self._final, self._total)
+        if self._layout.cost and ends:
+            if ends[-1]:
+                rows[-1, -1] = final[-1]
+            else:
+                self.recording.interpolate(output, at_end=True)
+                rows = torch.cat([rows, final[None]])
+        self.recording.finish(final)
+        return rows
+
+    def _at_end(self, t_eval: Tensor, rows: int) -> list[bool]:
+        """Of each step, whether its end is an output, decided as torchdyn decides it."""
+        steps = len(self._starts)
+        if self._solver.stepping_class == "fixed":
+            if rows == steps + 1:
+                return [True] * steps
+            ends = [(t + dt).detach() for t, dt in zip(self._starts, self._sizes, strict=True)]
+            return [bool(torch.isclose(end, t_eval).any()) for end in ends]
+        times = t_eval.tolist()
+        found = []
+        row = 1
+        for t, dt, thetas in zip(self._starts, self._sizes, self._inside, strict=True):
+            row += len(thetas)
+            found.append(row < rows and float((t + dt).detach()) == times[row])
+            row += found[-1]
+        return found
+
+    def times(self) -> Times:
+        """The times of the recorded solve, as torchdyn computed them from ``t_span``."""
+        if not self._starts:
+            assert self._final is not None
+            none = torch.zeros(0, device=self._layout.pack(self._final).device)
+            return Times(none, none, none, none)
+        start, size = _stacked(self._starts), _stacked(self._sizes)
+        thetas = [theta for step in self._inside for theta in step]
+        return Times(start, size, start + size, _stacked(thetas) if thetas else start[:0])
+
+
+def _advance(solver: Any, field: Any, layout: Layout, args: Any, t: Tensor, h: Tensor, y: Tensor) -> Tensor:
+    """A step done again as a whole. It holds nothing of the solve, as it lives as long as the gradient."""
+    return layout.pack(solver.step(field, layout.unpack(y), t, h, k1=None, args=args)[1])
+
+
+def _stacked(times: Sequence[Tensor]) -> Tensor:
+    widest = functools.reduce(torch.promote_types, {time.dtype for time in times})
+    return torch.stack([time.to(widest) for time in times])
+
+
+class _Stand:
+    """In the place of one of the user's objects, of which it shows every attribute."""
+
+    def __init__(self, original: Any, recorder: Recorder) -> None:
+        self._original, self._recorder = original, recorder
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # torchdyn asks isinstance(solver, Tsitouras45)
+        return type(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+class RecordingSolver(_Stand):
+    """In the place of a solver."""
+
+    def sync_device_dtype(self, x: Any, t_span: Any) -> Any:
+        """As the solver does; then its coefficients are as the solve will use them."""
+        x, t_span = self._original.sync_device_dtype(x, t_span)
+        self._recorder.measure(x, t_span)
+        return x, t_span
+
+    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> Any:
+        """As the solver does."""
+        return self._recorder.step(f, x, t, dt, k1, args)
+
+
+class RecordingInterpolator(_Stand):
+    """In the place of an interpolator."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As the interpolator does."""
+        with torch.no_grad():
+            return self._original.fit(*args, **kwargs)
+
+    def evaluate(self, coefs: Any, t0: Tensor, t1: Tensor, t: Tensor) -> Any:
+        """As the interpolator does."""
+        self._recorder.inside((t - t0) / (t1 - t0))
+        with torch.no_grad():
+            return self._original.evaluate(coefs, t0, t1, t)
