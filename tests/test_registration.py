@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from torchdiffeq_symplectic import register, unregister
 from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.modes import Mode
 from torchdiffeq_symplectic.modes.baseline import backpropagate
-from torchdiffeq_symplectic.trajectory import Keep, Trajectory
+from torchdiffeq_symplectic.trajectory import Trajectory
 
 USE = """
 import torch
@@ -178,14 +179,10 @@ def test_solves_begun_before_unregistering_can_still_be_differentiated() -> None
     assert y0.grad is not None
 
 
-class Oracle:
+class Oracle(Mode):
     """A mode of a user's own: the whole solve once more, and through it."""
 
     name = "oracle"
-    options: frozenset[str] = frozenset()
-
-    def keeps(self, options: Mapping[str, object]) -> Keep:
-        return Keep.STATES
 
     def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
         return backpropagate(trajectory, field, outputs, check, create_graph=False)

@@ -1,5 +1,6 @@
 """Exact gradients at minimal memory for torchdiffeq and torchdyn, by the modes "symplectic", "aca" and "baseline".
 
+"memory_free" is that of residual networks, approximate and in memory that does not grow with the number of steps.
 ``adjoint_method="symplectic"`` in torchdiffeq, ``sensitivity="symplectic"`` in torchdyn.
 """
 

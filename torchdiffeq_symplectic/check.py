@@ -40,7 +40,7 @@ class ReplayCheck:
 
     def __init__(self, action: str, dtype: torch.dtype) -> None:
         self.active = action != "ignore"
-        self._action = action
+        self.action = action
         self._precision = torch.finfo(dtype).eps
         self._rows: list[Tensor] = []
         self._sizes: list[Tensor] = []
@@ -94,6 +94,6 @@ class ReplayCheck:
             'Keep it fixed until after backward, or pass adjoint_options={"replay_check": "warn"} or "ignore" if that '
             "is intended."
         )
-        if self._action == "error":
+        if self.action == "error":
             raise ReplayError(message)
         warnings.warn(message, ReplayWarning, stacklevel=2)

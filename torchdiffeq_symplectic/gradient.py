@@ -83,6 +83,7 @@ class _Gradient(torch.autograd.Function):
     def forward(ctx: Any, solve: Solve, solution: list[Tensor], *tensors: Tensor) -> Tensor:
         recording = solve.recording
         ctx.solve = solve
+        recording.keep_outputs(solution[0])
         attributes = solve.surroundings.attributes()
         ctx.counts = len(tensors), len(attributes)
         ctx.save_for_backward(*tensors, *attributes, *recording.saved)

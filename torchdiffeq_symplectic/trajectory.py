@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ __all__ = ["Keep", "Recording", "Step", "Trajectory", "carriers", "stage_times"]
 class Keep(enum.Enum):
     """What a mode needs of every accepted step."""
 
+    OUTPUTS = "outputs"
+    """No states but those that are outputs, and the last: the mode finds the others anew."""
     NORMS = "norms"
     """Only the norm of each state: the replay computes the states anew, and is checked by their norms."""
     STATES = "states"
@@ -53,7 +55,8 @@ class Recording:
         keep: what of each step is kept.
         saved: the tensors kept, all detached; emptied when they are handed to autograd.
         at_start: indices of outputs that are the initial state itself.
-        final: position of the last state.
+        final: position of the last state, or None where it is an output that is kept.
+        solution: position of all outputs where they are kept, or None.
         clock: position of the stages' times as the field saw them, where the host tells them, or None.
         dtype: of the last state; the first one's may be narrower, where the host promotes it.
     """
@@ -64,6 +67,7 @@ class Recording:
         self.at_start: list[int] = []
         self.entries: list[_Entry] = []
         self.final: int | None = None
+        self.solution: int | None = None
         self.clock: int | None = None
         self.dtype: torch.dtype | None = None
         self._times: list[Tensor] = []
@@ -129,6 +133,8 @@ class Recording:
     def finish(self, state: Tensor) -> None:
         """Add the last state, and settle which steps evaluate their closing slope themselves."""
         self.final = self._keep_state(state)
+        if self.keep is Keep.OUTPUTS and not (self.entries and self.entries[-1].at_end is not None):
+            self.final = self.save(state)
         self.dtype = state.dtype
         if self._times:
             widest = functools.reduce(torch.promote_types, {time.dtype for time in self._times})
@@ -139,10 +145,17 @@ class Recording:
             if entry.interpolated[1] > 0 and not (following is not None and following.continues(entry.tableau)):
                 entry.tableau = entry.tableau.closed
 
+    def keep_outputs(self, solution: Tensor) -> None:
+        """Keep the solution itself, where its rows are all that is kept; no copy is made."""
+        if self.keep is Keep.OUTPUTS:
+            self.solution = self.save(solution)
+
     def _keep_state(self, state: Tensor) -> int | None:
-        if self.keep is not Keep.NORMS:
-            return self.save(state)
-        return self.save(torch.linalg.vector_norm(state.detach()))
+        if self.keep is Keep.OUTPUTS:
+            return None
+        if self.keep is Keep.NORMS:
+            return self.save(torch.linalg.vector_norm(state.detach()))
+        return self.save(state)
 
 
 @dataclasses.dataclass(slots=True)
@@ -155,7 +168,8 @@ class Step:
         whole: how it is done again, where it has none, or None.
         size: the step size, 0-d.
         times: the time of each own stage, of one element, as the field saw it; of a whole step, time and size.
-        state, next_state: ``y`` at its start and end; their norms where states are not kept, but for the first.
+        state, next_state: ``y`` at its start and end; their norms where only these are kept, but for the first; None
+            where a state is to be found anew.
         slopes: kept slopes of the first own stages, shape ``(s, *y.shape)`` or longer, or None.
         passed: the slope that later steps carry in, where that alone is kept, or None.
         carried: kept slopes that are carried in, latest first; empty where states are not kept.
@@ -170,8 +184,8 @@ class Step:
     whole: Whole | None
     size: Tensor
     times: Sequence[Tensor]
-    state: Tensor
-    next_state: Tensor
+    state: Tensor | None
+    next_state: Tensor | None
     slopes: Tensor | None
     passed: Tensor | None
     carried: list[Tensor]
@@ -195,7 +209,8 @@ class Trajectory:
         dtype: the dtype of the states (of the last, if the host promotes a state on its way).
         groups: the tableaus of the solve (`NO_SLOPES` for whole steps), each with the numbers of its steps.
         at_start: the outputs that are the initial state itself.
-        has_states, has_slopes: what is kept of every step; without states only their norms are.
+        has_norms: whether there are norms in the place of states.
+        has_slopes: whether the slopes of every step are kept.
         is_random: whether the field drew random numbers.
     """
 
@@ -216,7 +231,8 @@ class Trajectory:
         self._final = recording.final
         self._clock = recording.clock
         self.at_start = recording.at_start
-        self.has_states = recording.keep is not Keep.NORMS
+        self._solution = recording.solution
+        self.has_norms = recording.keep is Keep.NORMS
         self.has_slopes = recording.keep is Keep.SLOPES
         self.is_random = any(entry.random for entry in recording.entries)
         self.dtype = recording.dtype or initial.dtype
@@ -231,9 +247,20 @@ class Trajectory:
         """The steps in the order of the solve."""
         return iter(self._steps)
 
-    def backwards(self) -> Iterator[Step]:
-        """The steps from the last to the first."""
-        return reversed(self._steps)
+    def backwards(self, find: Callable[[Step], Tensor] | None = None) -> Iterator[Step]:
+        """The steps from the last to the first.
+
+        Where not every state is kept, ``find`` says from which state a step starts, given the step with its
+        ``next_state``, and with its ``state`` if that is kept. No more than one step's states are alive here.
+        """
+        if find is None:
+            yield from reversed(self._steps)
+            return
+        following = self._state(len(self))
+        for step in reversed(self._steps):
+            found = dataclasses.replace(step, next_state=following)
+            found.state = following = find(found)
+            yield found
 
     def before(self, step: Step) -> Step | None:
         """The step before ``step``, or None."""
@@ -277,7 +304,7 @@ class Trajectory:
                 next_state=states[n + 1],
                 slopes=self._at(entry.slopes),
                 passed=self._at(entry.passed),
-                carried=[self._passed(m) for m in carriers(n, entry.tableau)] if self.has_states else [],
+                carried=[] if self.has_norms else [self._passed(m) for m in carriers(n, entry.tableau)],
                 random=[self._saved[position] for position in entry.random],
                 interpolated=range(*entry.interpolated),
                 theta=thetas[n],
@@ -298,9 +325,14 @@ class Trajectory:
         assert slopes is not None
         return slopes[stage]
 
-    def _state(self, n: int) -> Tensor:
+    def _state(self, n: int) -> Tensor | None:
         state = self._at(self._final if n == len(self) else self._entries[n].state)
-        return self.initial if state is None else state
+        if state is None and n == 0:
+            return self.initial
+        if state is None and self._solution is not None:
+            output = self._entries[n - 1].at_end
+            return None if output is None else self._saved[self._solution][output].to(self.dtype)
+        return state
 
 
 def carriers(n: int, tableau: Tableau) -> range:

@@ -2,66 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Container, Mapping
-from typing import Protocol
 
-from torch import Tensor
-
-from torchdiffeq_symplectic.check import REPLAY_CHECKS, ReplayCheck
-from torchdiffeq_symplectic.cotangents import Gradients
-from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.check import REPLAY_CHECKS
+from torchdiffeq_symplectic.modes._mode import Mode
 from torchdiffeq_symplectic.modes.aca import AdaptiveCheckpoint
 from torchdiffeq_symplectic.modes.baseline import Baseline
+from torchdiffeq_symplectic.modes.memory_free import MemoryFree
 from torchdiffeq_symplectic.modes.symplectic import Symplectic
-from torchdiffeq_symplectic.trajectory import Keep, Trajectory
 
-__all__ = ["MODES", "Mode", "chosen"]
-
-
-class Mode(Protocol):
-    """How the gradient of a recorded solve is computed."""
-
-    @property
-    def name(self) -> str:
-        """What the user types."""
-        ...
-
-    @property
-    def options(self) -> frozenset[str]:
-        """The keys of ``adjoint_options`` that are the mode's own."""
-        ...
-
-    def keeps(self, options: Mapping[str, object]) -> Keep:
-        """What the recording must keep of every step; ValueError names an option that is wrong."""
-        ...
-
-    def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
-        """The gradients, given the cotangent of the solution, shape ``(T, *y0.shape)``."""
-        ...
+__all__ = ["MODES", "Mode", "configured"]
 
 
-MODES: dict[str, Mode] = {mode.name: mode for mode in (Symplectic(), AdaptiveCheckpoint(), Baseline())}
+MODES: dict[str, Mode] = {mode.name: mode for mode in (Symplectic(), AdaptiveCheckpoint(), Baseline(), MemoryFree())}
 
 
-def chosen(
+def configured(
     mode: Mode, options: Mapping[str, object], hosts: Callable[[], Container[str]] = frozenset
-) -> tuple[Keep, str]:
-    """What the recording must keep, and how the replay is checked, under ``adjoint_options``.
+) -> tuple[Mode, str]:
+    """The mode under ``adjoint_options``, and what is done about a replay that is not the forward pass.
 
     Warns of unknown keys as torchdiffeq does; those in ``hosts()`` are the host's own, and have no effect.
 
     Raises:
         ValueError: if an option that is the mode's own has a wrong value.
     """
-    known = mode.options | {"replay_check"}
+    known = {"replay_check", *(field.name for field in dataclasses.fields(mode))}
     unknown = {key: value for key, value in options.items() if key not in known}
     if unknown:
         harmless = hosts()
         unknown = {key: value for key, value in unknown.items() if key not in harmless}
     if unknown:
         warnings.warn(f"{mode.name}: Unexpected arguments {unknown}", stacklevel=5)
-    check = options.get("replay_check", "error")
+    check = options.get("replay_check", mode.replay_check)
     if check not in list(REPLAY_CHECKS):
         raise ValueError(f'adjoint_options["replay_check"] must be one of {REPLAY_CHECKS}, but is {check!r}')
-    return mode.keeps(options), str(check)
+    return mode.configured(options), str(check)

@@ -83,6 +83,8 @@ class StageReplay:
         self._after = scaled[self.stages : 2 * self.stages]
         self._carried, self._new, every = scaled[-3:]
         self._evaluated: set[int] = set()
+        assert step.state is not None
+        self._start = step.state
         self._flat = step.state.reshape(-1)
         if self._flat.dtype != field.dtype:
             self._flat = self._flat.to(field.dtype)
@@ -105,7 +107,7 @@ class StageReplay:
     def state(self, i: int) -> Tensor:
         """``Y_i = y + h * sum_j a_ij k_j``."""
         if i == 0 and not self.step.carried:
-            return self.step.state
+            return self._start
         if self._states:
             return self._states[i]
         return torch.addmv(self._flat, self.work.before_stage[i], self._before[i]).view(self.field.shape)
@@ -147,15 +149,23 @@ class StageReplay:
         return torch.mm(self._carried.view(-1, self.stages + 1), self.work.after_carried)
 
 
-def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck, stages: Stages) -> Gradients:
+def sweep(
+    trajectory: Trajectory,
+    field: Field,
+    outputs: Tensor,
+    check: ReplayCheck,
+    stages: Stages,
+    find: Callable[[Step], Tensor] | None = None,
+) -> Gradients:
     """Carry the cotangents of the outputs back to the initial state, the parameters and the times.
 
     Args:
-        trajectory: the solve, its states kept.
+        trajectory: the solve.
         field: evaluates the field and accumulates the products with respect to parameters.
         outputs: the cotangent of the solution, shape ``(T, *y0.shape)``.
         check: is told how well each step was reproduced.
         stages: builds the graphs of a step's stages.
+        find: where not every state is kept, see `Trajectory.backwards`.
     """
     cotangents = Cotangents(trajectory, outputs)
     tableaus = [tableau for tableau in trajectory.groups if tableau is not NO_SLOPES]
@@ -167,7 +177,7 @@ def sweep(trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCh
     }
     coefficients = _Coefficients(trajectory)
     lam = rows[-1]
-    for step in trajectory.backwards():
+    for step in trajectory.backwards(find):
         if step.at_end is not None:
             lam.add_(cotangents.of_output(step.at_end))
         if step.whole is not None:
@@ -199,8 +209,9 @@ def _sweep_stages(
     for i in reversed(range(replay.stages)):
         linearisation = linearised(i)
         if i == work.checked_at:
-            recorded, weight = step.next_state.reshape(-1), step.tableau.weight
-            check.step(step.index, replay.next_state(), recorded, step.size, work.slopes, weight)
+            if step.next_state is not None:
+                recorded, weight = step.next_state.reshape(-1), step.tableau.weight
+                check.step(step.index, replay.next_state(), recorded, step.size, work.slopes, weight)
             if wants_time:
                 cotangents.time_of_step(step, work.slopes, work.lam)
         product, (product_t,) = linearisation.pull_back(replay.cotangent(i, outside.get(i)))
@@ -218,6 +229,8 @@ def _sweep_whole(
 ) -> None:
     """Turn ``lam`` from the cotangent of the state after the step into that of the state before."""
     t, h = step.times
+    assert step.state is not None
+    assert step.next_state is not None
     with torch.enable_grad():
         linearisation = field.linearise_step(whole, t, h, step.state, step.random[0] if step.random else None)
     check.whole(step.index, linearisation.value.detach(), step.next_state, step.state)

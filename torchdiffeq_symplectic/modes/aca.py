@@ -10,7 +10,8 @@ Estimation in Neural ODE, ICML 2020, https://arxiv.org/abs/2006.02493.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,20 +20,17 @@ from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field, Linearisation
 from torchdiffeq_symplectic.modes._adjoint import StageReplay, sweep
-from torchdiffeq_symplectic.trajectory import Keep, Trajectory
+from torchdiffeq_symplectic.modes._mode import Mode
+from torchdiffeq_symplectic.trajectory import Trajectory
 
 __all__ = ["AdaptiveCheckpoint"]
 
 
-class AdaptiveCheckpoint:
+@dataclasses.dataclass(frozen=True)
+class AdaptiveCheckpoint(Mode):
     """``adjoint_method="aca"``."""
 
     name = "aca"
-    options: frozenset[str] = frozenset()
-
-    def keeps(self, options: Mapping[str, object]) -> Keep:
-        """What the recording must keep."""
-        return Keep.STATES
 
     def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
         """Sweep back, evaluating each stage once, with its graph, all stages of a step before the first product."""

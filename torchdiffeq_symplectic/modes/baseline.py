@@ -7,7 +7,8 @@ itself, serves double backward in every mode.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,19 +17,21 @@ from torch import Tensor
 from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.modes._mode import Mode
 from torchdiffeq_symplectic.tableau import Narrow
 from torchdiffeq_symplectic.trajectory import Keep, Step, Trajectory, carriers
 
 __all__ = ["Baseline", "backpropagate"]
 
 
-class Baseline:
+@dataclasses.dataclass(frozen=True)
+class Baseline(Mode):
     """``adjoint_method="baseline"``."""
 
     name = "baseline"
-    options: frozenset[str] = frozenset()
 
-    def keeps(self, options: Mapping[str, object]) -> Keep:
+    @property
+    def keep(self) -> Keep:
         """What the recording must keep."""
         return Keep.NORMS
 
@@ -121,9 +124,9 @@ class _Replay:
             self._states.append(state)
             state = self._advance(step, state)
             recorded = step.next_state
-            if self._trajectory.has_states:
-                recorded = torch.linalg.vector_norm(recorded)
-            self._check.norm(step.index, state.detach(), recorded)
+            if recorded is not None:
+                norm = recorded if self._trajectory.has_norms else torch.linalg.vector_norm(recorded)
+                self._check.norm(step.index, state.detach(), norm)
             if step.at_end is not None:
                 rows[step.at_end] = state
         for step in self._trajectory.forwards():

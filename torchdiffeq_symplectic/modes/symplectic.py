@@ -11,7 +11,8 @@ NeurIPS 2021, https://arxiv.org/abs/2102.09750.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -19,35 +20,41 @@ from torchdiffeq_symplectic.check import ReplayCheck
 from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field, Linearisation
 from torchdiffeq_symplectic.modes._adjoint import StageReplay, sweep
+from torchdiffeq_symplectic.modes._mode import Mode
 from torchdiffeq_symplectic.trajectory import Keep, Trajectory
 
-__all__ = ["Symplectic"]
+__all__ = ["Symplectic", "evaluated_twice"]
 
 _KEEPS = {"steps": Keep.STATES, "stages": Keep.SLOPES}
 
 
-class Symplectic:
+@dataclasses.dataclass(frozen=True)
+class Symplectic(Mode):
     """``adjoint_method="symplectic"``, with ``adjoint_options={"checkpoint": "steps" or "stages"}``."""
 
     name = "symplectic"
-    options = frozenset({"checkpoint"})
 
-    def keeps(self, options: Mapping[str, object]) -> Keep:
-        """What the recording must keep; ValueError for an unknown checkpoint."""
-        checkpoint = options.get("checkpoint", "steps")
-        if checkpoint not in list(_KEEPS):
+    checkpoint: str = "steps"
+
+    def __post_init__(self) -> None:
+        if self.checkpoint not in list(_KEEPS):
             raise ValueError(
                 f'adjoint_options["checkpoint"] must be one of {{"steps", "stages"}} for adjoint_method="symplectic", '
-                f"but is {checkpoint!r}"
+                f"but is {self.checkpoint!r}"
             )
-        return _KEEPS[str(checkpoint)]
+
+    @property
+    def keep(self) -> Keep:
+        """What the recording must keep."""
+        return _KEEPS[self.checkpoint]
 
     def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
         """Sweep back, evaluating each stage once for its slope and once with its graph."""
-        return sweep(trajectory, field, outputs, check, _stages)
+        return sweep(trajectory, field, outputs, check, evaluated_twice)
 
 
-def _stages(replay: StageReplay) -> Callable[[int], Linearisation]:
+def evaluated_twice(replay: StageReplay) -> Callable[[int], Linearisation]:
+    """All slopes but the last first, without their graphs; then each with its graph, when it is asked for."""
     for i in range(replay.stages - 1):
         if i not in replay.kept:
             replay.evaluate(i)

@@ -42,7 +42,8 @@ def odeint_adjoint(
     """``odeint_adjoint`` of torchdiffeq, with this package's gradient modes among the values of ``adjoint_method``.
 
     Gradients are those of the discrete solve, exact to rounding, its accepted step sizes held constant, with respect to
-    ``y0``, ``adjoint_params`` and ``t`` (and ``step_t``, ``jump_t`` and what a grid constructor makes the grid from).
+    ``y0``, ``adjoint_params`` and ``t`` (and ``step_t``, ``jump_t`` and what a grid constructor makes the grid from);
+    under "memory_free" they are approximate.
 
     Args:
         func: the field, ``func(t, y) -> dy/dt``; ``t`` 0-d, ``y`` like ``y0``.
@@ -55,9 +56,11 @@ def odeint_adjoint(
         event_fn: ``event_fn(t, y)``; the solve ends where it is zero.
         adjoint_rtol: accepted; no effect in the modes of this package, whose backward has no tolerance.
         adjoint_atol: the same.
-        adjoint_method: "symplectic", "aca", "baseline", or one of torchdiffeq's methods, which are passed on to it.
-        adjoint_options: for this package's modes ``"replay_check"`` ("error", "warn" or "ignore"), and for "symplectic"
-            ``"checkpoint"`` ("steps" or "stages"). Options of upstream's adjoint, its norm too, have no effect.
+        adjoint_method: "symplectic", "aca", "baseline", "memory_free" (for the methods "euler" and "heun2"), or one of
+            torchdiffeq's methods, which are passed on to it.
+        adjoint_options: for this package's modes ``"replay_check"`` ("error", "warn" or "ignore"), for "symplectic"
+            ``"checkpoint"`` ("steps" or "stages"), for "memory_free" ``"report"`` (True, or a function that is called
+            with the reconstruction error). Options of upstream's adjoint, its norm too, have no effect.
         adjoint_params: tensors to differentiate with respect to; the parameters of ``func`` if not given, ``()`` for
             none.
 
@@ -65,7 +68,8 @@ def odeint_adjoint(
         The solution, shape ``(T, *y0.shape)``, or a tuple of such; with ``event_fn`` the event's time and the solution.
 
     Raises:
-        ValueError: for an unknown method, or ``func`` without ``adjoint_params`` that is no module.
+        ValueError: for an unknown method, one that the mode is not for, or ``func`` without ``adjoint_params`` that is
+            no module.
         TypeError: if ``adjoint_params`` is a single tensor.
         NotImplementedError: before the solve, if the steps of ``method`` are of no form that can be replayed.
         ReplayError: in backward, if recomputing a step does not give what the forward pass gave.

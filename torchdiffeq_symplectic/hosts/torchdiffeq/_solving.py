@@ -27,10 +27,10 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
 )
 from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
 from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import options_of
-from torchdiffeq_symplectic.modes import Mode, chosen
+from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError
-from torchdiffeq_symplectic.trajectory import Recording
+from torchdiffeq_symplectic.trajectory import Keep, Recording
 
 __all__ = ["Call", "solve", "tableau_of"]
 
@@ -79,9 +79,10 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
 
     Raises:
         NotImplementedError: before the solve starts, if the method's steps are not of a form that can be replayed.
-        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
+        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value, or the mode is not for
+            the method.
     """
-    keep, check = chosen(mode, call.adjoint_options, _options_of_upstream)
+    mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
     call.params = tuple(dict.fromkeys(call.params))
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
@@ -90,12 +91,11 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         return _plain(call, _FirstSlope(call))
     solver, measured = _recording_solver(mode, call)
     surroundings = Surroundings(modules_of(call.given), call.y0.device)
-    recording = Recording(keep)
+    recording = Recording(mode.keep)
     if call.event_fn is None and isinstance(solver, FixedRecorder):
         solver.use_grid(call.y0, call.t)
-    listener = Listener(
-        call.func, surroundings.random, slopes=keep is keep.SLOPES and isinstance(solver, FixedRecorder)
-    )
+    wants_slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
+    listener = Listener(call.func, surroundings.random, slopes=wants_slopes)
     with torch.no_grad():
         solver.start_recording(recording, measured, listener)
         recording.at_start.append(0)
@@ -174,6 +174,9 @@ def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
             f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
             "Runge-Kutta or Adams method of torchdiffeq, or one of torchdiffeq's own adjoint methods."
         ) from reason
+    if mode.methods and not (isinstance(measured, Tableau) and mode.admits(measured)):
+        known = " or ".join(f'"{method}"' for method in mode.methods)
+        raise ValueError(f'adjoint_method="{mode.name}" needs method={known}, but method is "{call.method}".')
     return _solver(recording, call, call.func), measured
 
 

@@ -21,6 +21,7 @@ from torchdiffeq_symplectic.hosts.listening import Evaluations
 from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdyn._measuring import Clock, Measured
 from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
+from torchdiffeq_symplectic.modes import Mode
 from torchdiffeq_symplectic.surroundings import RandomState
 from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError, Whole
 from torchdiffeq_symplectic.trajectory import Keep, Recording
@@ -162,7 +163,7 @@ class Recorder:
         listener: the field.
         layout: of the states.
         captured: is told what a whole step uses.
-        keep: what of each step is kept.
+        mode: says what of each step is kept, and which steps it is for.
         args: what ``solver.step`` is given besides.
         refuse: makes the error that says why a solver cannot be differentiated.
 
@@ -178,11 +179,12 @@ class Recorder:
         listener: Listener,
         layout: Layout,
         captured: Captured,
-        keep: Keep,
+        mode: Mode,
         args: Mapping[str, Any],
         refuse: Callable[[str], Exception],
     ) -> None:
-        self.recording = Recording(keep)
+        self.recording = Recording(mode.keep)
+        self._mode = mode
         self._solver, self._interpolator = solver, interpolator
         self._listener, self._layout, self._captured = listener, layout, captured
         self._args, self._refuse = args, refuse
@@ -193,6 +195,7 @@ class Recorder:
         self._heard = _Heard()
         self._form: Tableau | Whole | None = None
         self._total: Tensor | None = None
+        self._totals: list[Tensor | None] = []
         self._final: State | None = None
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
@@ -211,6 +214,7 @@ class Recorder:
         self._measured = Measured(self._solver, self._interpolator, self._args, keys)
         adaptive = self._solver.stepping_class == "adaptive"
         clock = Clock.of(t_span[0], t_span[0], self._layout.pack(x).dtype)
+        tableau = None
         try:
             if any(parameter.requires_grad for parameter in self._solver.parameters()):
                 raise UnknownFormError("it has parameters of its own")
@@ -219,7 +223,7 @@ class Recorder:
             if adaptive:
                 self._measured.start(clock)
             else:
-                self._measured.alone(clock)
+                tableau = self._measured.alone(clock)
         except UnknownFormError as reason:
             if adaptive:
                 raise self._refuse(str(reason)) from reason
@@ -227,6 +231,12 @@ class Recorder:
                 raise self._refuse(f"{reason}, so integral_loss has no weights to be integrated with") from reason
             self._is_whole = True
             self._listener.without_slopes()
+        if self._mode.methods and (tableau is None or not self._mode.admits(tableau)):
+            known = ", ".join(self._mode.methods)
+            raise ValueError(
+                f'sensitivity="{self._mode.name}" is for solvers whose step is that of one of {known}, but solver is '
+                f'{type(self._solver).__name__}. Use solver="euler" or another sensitivity.'
+            )
 
     def step(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: State | None, args: Any) -> Any:
         """In the place of ``solver.step``."""
@@ -302,6 +312,7 @@ class Recorder:
         random = own.draws if own.drew else ()
         times = [time.neg() if self.reversed else time for time in own.times]
         self.recording.step(tableau, state, slopes=slopes, passed=passed, random=random, times=times)
+        self._totals.append(self._total)
         self._form, self._heard = tableau, attempt.heard
 
     def _tableau(self, attempt: _Attempt, dtype: torch.dtype) -> Tableau:
@@ -351,15 +362,15 @@ class Recorder:
                 output += 1
             if ends[n]:
                 self.recording.interpolate(output, at_end=True, step=n)
+                total = self._totals[n] if self._layout.cost else None
+                if total is not None:
+                    rows[output, -1] = total
                 output += 1
         assert self._final is not None
         final = self._layout.pack(self._final, self._total)
-        if self._layout.cost and ends:
-            if ends[-1]:
-                rows[-1, -1] = final[-1]
-            else:
-                self.recording.interpolate(output, at_end=True)
-                rows = torch.cat([rows, final[None]])
+        if self._layout.cost and ends and not ends[-1]:
+            self.recording.interpolate(output, at_end=True)
+            rows = torch.cat([rows, final[None]])
         self.recording.finish(final)
         return rows
 

@@ -15,7 +15,7 @@ from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdyn._host import DEFuncBase, Tsitouras45, odeint, str_to_interp
 from torchdiffeq_symplectic.hosts.torchdyn._recording import Listener, Recorder, RecordingInterpolator, RecordingSolver
 from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
-from torchdiffeq_symplectic.modes import Mode, chosen
+from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.trajectory import Keep
 
@@ -71,9 +71,10 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
 
     Raises:
         NotImplementedError: if the solver's steps cannot be replayed.
-        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
+        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value, or the mode is not for
+            the solver.
     """
-    keep, check = chosen(mode, call.options)
+    mode, check = configured(mode, call.options)
     if not torch.is_grad_enabled():
         return call.run(call.vf, call.x, call.solver, call.interpolator)
     layout = Layout(call.x, call.integral_loss is not None)
@@ -86,10 +87,10 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     params = [param for module in modules for param in module.parameters(recurse=False)]
     held = [*(tensor for function in functions for tensor in tensors_of(function)), *tensors_in(call.args)]
     captured = Captured(params, modules, held)
-    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, keep is Keep.SLOPES)
+    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, mode.keep is Keep.SLOPES)
     interpolator = _interpolator(call, initial)
     refuse = _refusal(mode, call.solver)
-    recorder = Recorder(call.solver, interpolator, listener, layout, captured, keep, call.args, refuse)
+    recorder = Recorder(call.solver, interpolator, listener, layout, captured, mode, call.args, refuse)
     spans = tensors_in(call.t_span)
     with torch.set_grad_enabled(any(span.requires_grad for span in spans)):
         t_eval, solution = call.run(
