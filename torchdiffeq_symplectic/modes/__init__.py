@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Container, Mapping
 
@@ -29,7 +28,7 @@ def configured(
     Raises:
         ValueError: if an option that is the mode's own has a wrong value.
     """
-    known = {"replay_check", *(field.name for field in dataclasses.fields(mode))}
+    known = mode.options | {"replay_check"}
     unknown = {key: value for key, value in options.items() if key not in known}
     if unknown:
         harmless = hosts()

@@ -37,6 +37,11 @@ class Mode(abc.ABC):
     methods: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def options(self) -> frozenset[str]:
+        """The keys of ``adjoint_options`` that are the mode's own."""
+        return frozenset(field.name for field in dataclasses.fields(self))
+
+    @property
     def keep(self) -> Keep:
         """What the recording must keep of every step."""
         return Keep.STATES
@@ -47,7 +52,7 @@ class Mode(abc.ABC):
         Raises:
             ValueError: if one of them has a wrong value.
         """
-        own = {field.name: options[field.name] for field in dataclasses.fields(self) if field.name in options}
+        own = {name: value for name, value in options.items() if name in self.options}
         return dataclasses.replace(self, **own) if own else self
 
     def admits(self, tableau: Tableau) -> bool:
