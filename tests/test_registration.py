@@ -27,7 +27,7 @@ import torch
 y0 = torch.tensor([0.3, -0.8], dtype=torch.float64, requires_grad=True)
 t = torch.tensor([0.0, 0.5], dtype=torch.float64)
 def gradient(solver, **arguments):
-    ys = solver(lambda t, y: -y.roll(1) * y, y0, t, method="rk4", adjoint_params=(), **arguments)
+    ys = solver(lambda t, y: -y.roll(1) * y, y0, t, method="euler", adjoint_params=(), **arguments)
     return torch.autograd.grad(ys[-1, 0], y0)[0]
 def error(solver, **arguments):
     try:

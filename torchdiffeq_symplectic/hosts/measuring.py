@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,7 +18,12 @@ T = TypeVar("T")
 
 def measuring(run: Callable[[], T]) -> T:
     """Run a measurement; whatever goes wrong in a step that meets the probe means that its form is not known."""
-    with torch.no_grad(), torch.device("cpu"), warnings.catch_warnings():
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.device("cpu"))
+        # A measurement is no part of what a caller's hooks offload, or of what torch.utils.checkpoint counts.
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor))
+        stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")  # what a host has to say is said in the solve itself
         try:
             return run()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,7 +66,7 @@ class Measured:
         self._solver, self._interpolator, self._args, self._keys = solver, interpolator, args, keys
         marks = (_mark(vars(solver)), None if interpolator is None else _mark(vars(interpolator)))
         step = getattr(type(solver), "step", None)
-        self._key = (marks, id(step), type(interpolator), tuple(keys or ()), None if not args else object())
+        self._key = (marks, id(step), type(interpolator), tuple(keys or ()))
         self._parts = step, *_values(vars(solver)), *([] if interpolator is None else _values(vars(interpolator)))
         self._tableaus = functools.cache(self._measure)
 
@@ -86,16 +86,19 @@ class Measured:
         known = _cache.setdefault(self._solver, {})
         key = (*self._key, clock, first)
         if key not in known:
+            args = _Watched(self._args) if isinstance(self._args, Mapping) and self._args else self._args
+            tableau = self._read(clock, first, args)
+            unread = not args.was_read if isinstance(args, _Watched) else args is None or isinstance(args, Mapping)
+            if not unread:
+                return tableau  # it may depend on their values
             while len(known) >= _REMEMBERED:
                 del known[next(iter(known))]
-            known[key] = (self._parts, self._read(clock, first))
+            known[key] = (self._parts, tableau)
         return known[key][1]
 
-    def _read(self, clock: Clock, first: str) -> Tableau:
+    def _read(self, clock: Clock, first: str, args: Any) -> Tableau:
         def run() -> Tableau:
-            probe = _Probe(
-                copy.deepcopy(self._solver), self._interpolator, self._args, self._keys, clock, first == "start"
-            )
+            probe = _Probe(copy.deepcopy(self._solver), self._interpolator, args, self._keys, clock, first == "start")
             tableau = measure(probe.step, int(first == "carrying"), clock.rounding)
             probe.verify_times(tableau)
             return tableau.first_same_as_last()
@@ -105,6 +108,26 @@ class Measured:
 
 # The parts are kept alive so that their ids stay theirs.
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Tableau]]] = weakref.WeakKeyDictionary()
+
+
+class _Watched(Mapping[str, Any]):
+    """Arguments that know whether a step looked at them. Those of torchdyn do not: they hand them on at best."""
+
+    def __init__(self, args: Mapping[str, Any]) -> None:
+        self._args = args
+        self.was_read = False
+
+    def __getitem__(self, name: str) -> Any:
+        self.was_read = True
+        return self._args[name]
+
+    def __iter__(self) -> Iterator[str]:
+        self.was_read = True
+        return iter(self._args)
+
+    def __len__(self) -> int:
+        self.was_read = True
+        return len(self._args)
 
 
 class _Probe:
@@ -205,25 +228,31 @@ def _interpolant(
     return coefficients
 
 
-def _mark(value: object) -> Hashable:
-    """Something that changes when ``value`` or a part of it does."""
+def _mark(value: object, inside: tuple[int, ...] = ()) -> Hashable:
+    """Something that changes when ``value`` or a part of it does; ``inside`` are the ids of what it is a part of."""
     if isinstance(value, Tensor):
         return id(value), value._version, value.requires_grad
     if value is None or isinstance(value, bool | int | float | str | torch.dtype):
         return value
+    if id(value) in inside:
+        return id(value)
+    inside = (*inside, id(value))
     if isinstance(value, list | tuple):
-        return tuple(map(_mark, value))
+        return tuple(_mark(part, inside) for part in value)
     if isinstance(value, dict):
-        return tuple((name, _mark(part)) for name, part in value.items())
+        return tuple((name, _mark(part, inside)) for name, part in value.items())
     if isinstance(value, nn.Module):
-        return id(value), _mark(vars(value))
+        return id(value), _mark(vars(value), inside)
     return id(value)
 
 
-def _values(value: object) -> list[object]:
+def _values(value: object, inside: tuple[int, ...] = ()) -> list[object]:
     """The parts whose ids a mark is made of."""
-    if isinstance(value, list | tuple):
-        return [found for part in value for found in _values(part)]
+    if id(value) in inside:
+        return []
+    inside = (*inside, id(value))
     if isinstance(value, dict):
-        return _values(list(value.values()))
-    return [value, *(_values(vars(value)) if isinstance(value, nn.Module) else [])]
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [found for part in value for found in _values(part, inside)]
+    return [value, *(_values(vars(value), inside) if isinstance(value, nn.Module) else [])]

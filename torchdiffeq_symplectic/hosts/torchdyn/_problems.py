@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torchdiffeq_symplectic.hosts.torchdyn._host import MultipleShootingProblem, NeuralODE, ODEProblem
@@ -17,19 +18,14 @@ _SIGNATURE = inspect.signature(ODEProblem.__init__)
 
 
 def mode_of(problem: Any) -> Mode | None:
-    """The gradient mode that a problem asks for, None if one of torchdyn's; ValueError for an unknown name.
+    """The gradient mode that a problem asks for, None if there is none of that name.
 
     torchdyn dispatches on ``sensalg``. Its adjoint modes solve with ``solver_adjoint``, which may name a mode, too.
     """
     name = problem.sensalg
     if name in _OWN[1:] and isinstance(problem.solver_adjoint, str):
         name = problem.solver_adjoint
-    if isinstance(name, str) and name in MODES:
-        return MODES[name]
-    if name not in _OWN:
-        known = '", "'.join([*_OWN, *MODES])
-        raise ValueError(f'sensitivity must be one of {{"{known}"}}, but is {name!r}')
-    return None
+    return MODES.get(name) if isinstance(name, str) else None
 
 
 _upstream_init = ODEProblem.__init__
@@ -58,6 +54,10 @@ def _init(self: Any, *args: Any, **kwargs: Any) -> None:
 def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -> Any:  # noqa: B006 (torchdyn's)
     mode = mode_of(self)
     if mode is None:
+        # torchdyn would call None. A subclass may know names of its own.
+        if self.sensalg not in _OWN and type(self)._autograd_func is ODEProblem._autograd_func:
+            known = '", "'.join([*_OWN, *MODES])
+            raise ValueError(f'sensitivity must be one of {{"{known}"}}, but is {self.sensalg!r}')
         return _upstream_odeint(self, x, t_span, save_at, args)
     # A field that carries the running cost in its state has integrated it already.
     carried = (
@@ -102,8 +102,10 @@ def _trajectory(self: Any, x: Any, t_span: Any) -> Any:
 
 
 def _options(problem: Any) -> dict[str, Any]:
-    options: dict[str, Any] = getattr(problem, "adjoint_options", None) or {}
-    return options
+    options = getattr(problem, "adjoint_options", None)
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f'adjoint_options must be a dictionary such as {{"checkpoint": "stages"}}, but is {options!r}')
+    return dict(options or {})
 
 
 class _Sensitivity:

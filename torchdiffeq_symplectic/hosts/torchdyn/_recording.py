@@ -299,11 +299,13 @@ class Recorder:
         carried = self._heard.only(slice(-1, None))
         tableau = self._tableau(attempt, state.dtype)
         own = carried.then(attempt.heard) if attempt.first is not None and not tableau.carried else attempt.heard
+        if len(own.times) != tableau.stages + (tableau.closing is not None):
+            raise self._refuse("the number of its field evaluations changes from step to step")
         if self._layout.cost:
             self._add_cost(tableau, attempt.dt, (*(carried.costs if tableau.carried else ()), *own.costs))
         slopes = passed = None
         if self.recording.keep is Keep.SLOPES:
-            slopes = torch.stack(list(own.slopes[: tableau.stages]))
+            slopes = torch.stack([slope.expand(state.shape) for slope in own.slopes[: tableau.stages]])
             slopes = slopes.neg() if self.reversed else slopes
         elif self.recording.keep is Keep.STATES and tableau.passes is not None:
             assert attempt.handed is not None

@@ -130,6 +130,11 @@ class _WithCost(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "integral_loss adds its gradient to every backward pass, so that of a gradient is not defined: "
+                "create_graph=True is not supported with it. To differentiate twice, carry the running cost in the state."
+            )
         (cotangent,) = cotangents
         return cotangent, cotangent.new_ones(())
 

@@ -20,7 +20,7 @@ def detached(value: T) -> T:
     if isinstance(value, Tensor):
         return value.detach()  # type: ignore[return-value]
     if isinstance(value, Mapping):
-        return type(value)((key, detached(part)) for key, part in value.items())  # type: ignore[call-arg]
+        return {key: detached(part) for key, part in value.items()}  # type: ignore[return-value]
     if type(value) in (tuple, list):
         return type(value)(map(detached, value))  # type: ignore[call-arg, call-overload]
     return value
@@ -62,7 +62,10 @@ class Layout:
         """The recorded form of a state, or of a slope; ``total`` is the integral, or the running cost, zero if None."""
         if isinstance(state, Tensor) and self.plain:
             return state
-        values = [state.expand(self._shape)] if isinstance(state, Tensor) else [state[key] for key in self._parts or ()]
+        if isinstance(state, Tensor):
+            values = [state.expand(self._shape)]
+        else:
+            values = [state[key].expand(shape) for key, (shape, _) in (self._parts or {}).items()]
         flat = [value.reshape(-1) for value in values]
         if self.cost:
             flat.append(flat[0].new_zeros(1) if total is None else total.reshape(1).to(flat[0].dtype))
@@ -92,10 +95,10 @@ class Layout:
 
     def _split(self, flat: Tensor, leading: tuple[int, ...]) -> State:
         if self._parts is None:
-            return flat.reshape(*leading, *self._shape)
+            return flat.reshape((*leading, *self._shape))
         pieces = flat.split([shape.numel() for shape, _ in self._parts.values()], dim=-1)
         return {
-            key: piece.reshape(*leading, *shape).to(dtype)
+            key: piece.reshape((*leading, *shape)).to(dtype)
             for piece, (key, (shape, dtype)) in zip(pieces, self._parts.items(), strict=True)
         }
 
