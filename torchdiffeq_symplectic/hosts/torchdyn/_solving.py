@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.closures import modules_of, tensors_of
+from torchdiffeq_symplectic.closures import held_by, modules_of, tensors_of
 from torchdiffeq_symplectic.gradient import Solve, attach
 from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdyn._host import DEFuncBase, Tsitouras45, odeint, str_to_interp
@@ -19,10 +19,13 @@ from torchdiffeq_symplectic.modes import Mode, chosen
 from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.trajectory import Keep
 
-__all__ = ["Call", "solve"]
+__all__ = ["Call", "PlainField", "needs_gradient", "solve"]
 
 # What torchdyn sets on modules anew at each forward pass: the noise of a trace estimate, the control of DataControl.
 _SET_ANEW = ("noise", "_control")
+
+# What torchdyn gives to a field without parameters.
+_DUMMY = "dummy_parameter"
 
 
 @dataclasses.dataclass
@@ -64,6 +67,37 @@ class Call:
             args=self.args,
         )
         return result
+
+
+class PlainField(nn.Module):
+    """A callable ``vf(t, x)`` that is no module, as one."""
+
+    def __init__(self, vf: Callable[..., Any]) -> None:
+        super().__init__()
+        self.vf = vf
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``vf`` itself."""
+        return self.vf(*args, **kwargs)
+
+
+def needs_gradient(values: Iterable[Any], parts: Iterable[object]) -> bool:
+    """Whether anything known asks for a gradient: tensors in ``values``, or what ``parts`` hold."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor.requires_grad for value in values for tensor in tensors_in(value)):
+        return True
+    for part in parts:
+        modules, tensors = held_by(part)
+        parameters = (
+            parameter
+            for module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+            if name != _DUMMY
+        )
+        if any(tensor.requires_grad for tensor in (*tensors, *parameters)):
+            return True
+    return False
 
 
 def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
@@ -112,7 +146,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
 
 def _functions(call: Call) -> Sequence[object]:
     """The plain functions that are evaluated; torchdyn wraps one that is given as field into a module."""
-    functions = [module.vf for module in call.vf.modules() if isinstance(module, DEFuncBase)]
+    functions = [module.vf for module in call.vf.modules() if isinstance(module, DEFuncBase | PlainField)]
     return [
         function
         for function in (*functions, call.integral_loss)
