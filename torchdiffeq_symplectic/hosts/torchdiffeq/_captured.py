@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["Captured"]
+__all__ = ["Captured", "with_graph"]
 
+Function = Callable[[Tensor, Tensor], Tensor]
 Node = torch.autograd.graph.Node
 Edge = tuple[Node, int]
 
@@ -44,7 +45,7 @@ class Captured:
         leaves = (reference() for reference in self._leaves.values())
         return (*self._listed.values(), *(leaf for leaf in leaves if leaf is not None))
 
-    def evaluate(self, func: Callable[[Tensor, Tensor], Tensor], t: Tensor, y: Tensor) -> Tensor:
+    def evaluate(self, func: Function, t: Tensor, y: Tensor) -> Tensor:
         """The slope ``func(t, y)``, computed with its graph as in ``odeint``, and returned without it."""
         # Aliases: a field may mark what it is given as requiring gradients.
         t, y = t.detach(), y.detach()
@@ -81,6 +82,22 @@ class Captured:
         assert tensor.grad_fn is not None
         met, leaves = _ends(tensor.grad_fn.next_functions, self._listed)
         return bool(met) or any(map(self._lists, leaves))
+
+
+def with_graph(func: Function) -> Function:
+    """``func`` evaluated as in ``odeint``, where gradients are enabled, by a replay that has them disabled.
+
+    A field that differentiates something need not enable them itself.
+    """
+
+    def evaluate(t: Tensor, y: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return func(t, y)
+        with torch.enable_grad():
+            slope = func(t.detach(), y.detach().requires_grad_())
+        return slope.detach()
+
+    return evaluate
 
 
 def _edge(tensor: Tensor) -> Edge:

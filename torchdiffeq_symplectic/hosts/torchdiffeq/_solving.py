@@ -15,7 +15,7 @@ from torchdiffeq_symplectic.field import report_missing
 from torchdiffeq_symplectic.gradient import Solve, Times, attach
 from torchdiffeq_symplectic.graph import reachable
 from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
-from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured
+from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured, with_graph
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
@@ -114,7 +114,8 @@ def solve_whatever_is_used(mode: Mode, call: Call) -> tuple[Tensor | None, Tenso
     call.params = captured.tensors
     if not _any_requires_grad(*sources, *call.params):
         return event_t, solution
-    finished = Solve(mode, solver.recording, call.func.base_func, surroundings, check, ignore=None)
+    func = with_graph(call.func.base_func)
+    finished = Solve(mode, solver.recording, func, surroundings, check, ignore=None)
     return event_t, _attached(finished, solver, call, event_t, solution)
 
 

@@ -102,6 +102,7 @@ def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -
             args,
             None if carried else self.integral_loss,
             choice.options,
+            self.sensalg == "autograd",
         ),
     )
 
@@ -125,7 +126,9 @@ def _trajectory(self: Any, x: Any, t_span: Any) -> Any:
     if choice is None:
         return _upstream_trajectory(self, x, t_span)
     x, t_span = self._prep_integration(x, t_span)
-    return solve(choice.mode, Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=choice.options))[1]
+    call = Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=choice.options)
+    call.graph = mode_of(self) is None  # torchdyn's own trajectory is a solve by autograd under every sensitivity
+    return solve(choice.mode, call)[1]
 
 
 @functools.wraps(_upstream_function)
@@ -140,7 +143,7 @@ def _function(f: Any, x: Any, t_span: Any, solver: Any, *args: Any, **kwargs: An
         given["solver"] = str_to_solver(solver, x.dtype)
     given.setdefault("atol", _ARGUMENTS.parameters["atol"].default)
     given.setdefault("rtol", _ARGUMENTS.parameters["rtol"].default)
-    return solve(choice.mode, Call(**given, options=choice.options))
+    return solve(choice.mode, Call(**given, options=choice.options, graph=True))
 
 
 _ARGUMENTS = inspect.signature(_upstream_function)
@@ -179,9 +182,8 @@ _PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (ODEProblem, "odeint", _upstream_odeint, _odeint),
     (MultipleShootingProblem, "odeint", _upstream_odeint_parallel, _odeint_parallel),
     (NeuralODE, "trajectory", _upstream_trajectory, _trajectory),
-    # Where callers look the function up; the problems above have names of their own for it.
+    # Where callers look the function up. In its own module it must stay, as it reads its own `__defaults__` there.
     (sys.modules["torchdyn.numerics"], "odeint", _upstream_function, _function),
-    (sys.modules["torchdyn.numerics.odeint"], "odeint", _upstream_function, _function),
 )
 
 

@@ -39,6 +39,7 @@ class Call:
         solver, atol, rtol, interpolator, save_at, args: as torchdyn takes them; the solver is an object.
         integral_loss: running cost ``l(t, x)``, whose integral the gradient includes, or None.
         options: of the mode.
+        graph: whether the field is used to gradients that are enabled at all times.
     """
 
     vf: nn.Module
@@ -52,6 +53,7 @@ class Call:
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     integral_loss: Callable[[Tensor, Any], Tensor] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    graph: bool = False
 
     def run(self, vf: Any, x: State, solver: Any, interpolator: Any) -> tuple[Tensor, Any]:
         """The solve as torchdyn does it."""
@@ -89,13 +91,11 @@ def needs_gradient(values: Iterable[Any], parts: Iterable[object]) -> bool:
         return True
     for part in parts:
         modules, tensors = held_by(part)
-        parameters = (
-            parameter
-            for module in modules
-            for name, parameter in module.named_parameters(recurse=False)
-            if name != _DUMMY
-        )
-        if any(tensor.requires_grad for tensor in (*tensors, *parameters)):
+        dummies = [module._parameters.get(_DUMMY) for module in modules]
+        parameters = (parameter for module in modules for parameter in module.parameters(recurse=False))
+        if any(
+            tensor.requires_grad and not any(tensor is dummy for dummy in dummies) for tensor in (*tensors, *parameters)
+        ):
             return True
     return False
 
@@ -120,7 +120,9 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     params = [param for module in modules for param in module.parameters(recurse=False)]
     held = [*(tensor for function in functions for tensor in tensors_of(function)), *tensors_in(call.args)]
     captured = Captured(params, modules, held)
-    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, keep is Keep.SLOPES)
+    listener = Listener(
+        call.vf, call.integral_loss, layout, captured, surroundings.random, keep is Keep.SLOPES, call.graph
+    )
     interpolator = _interpolator(call, initial)
     refuse = _refusal(mode, call.solver)
     recorder = Recorder(call.solver, interpolator, listener, layout, captured, keep, call.args, refuse)
