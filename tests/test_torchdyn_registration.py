@@ -247,6 +247,7 @@ PATCHED = {
     "ODEProblem.sensitivity",
     "MultipleShootingProblem.odeint",
     "NeuralODE.trajectory",
+    "torchdyn.numerics.odeint",
 }
 
 

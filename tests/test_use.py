@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -167,7 +167,7 @@ def test_tasks_choose_for_themselves() -> None:
         return found
 
     async def both() -> list[list[str | None]]:
-        return await asyncio.gather(named("aca"), named("baseline"))
+        return list(await asyncio.gather(named("aca"), named("baseline")))
 
     assert asyncio.run(both()) == [["aca"] * 3, ["baseline"] * 3]
 
@@ -217,12 +217,12 @@ def test_a_generator_function_is_inside_only_while_it_runs() -> None:
     assert name_of_current() is None
 
     @use("symplectic")
-    def returning() -> Iterator[Any]:
+    def returning() -> Generator[int, None, int]:
         yield 1
         return 2
 
-    def outer() -> Iterator[Any]:
-        yield (yield from returning())  # type: ignore[misc]
+    def outer() -> Iterator[int]:
+        yield (yield from returning())
 
     assert list(outer()) == [1, 2]
 
@@ -283,9 +283,10 @@ def test_unregistered_nothing_is_patched_and_choosing_is_an_error(differentiated
     unregister()
     upstream = solving.SOLVERS
     assert type(upstream) is dict
-    for choose in (lambda: use("aca").__enter__(), lambda: set_default("aca")):
-        with pytest.raises(RuntimeError, match="unregistered"):
-            choose()
+    with pytest.raises(RuntimeError, match="unregistered"), use("aca"):
+        pass
+    with pytest.raises(RuntimeError, match="unregistered"):
+        set_default("aca")
     with use(None):
         assert differentiated() == UPSTREAM
     register()

@@ -52,8 +52,8 @@ def assert_exact(problem: Problem, choice: str, **solver: Any) -> dict[str, Tens
         assert torch.equal(actual, expected)
     gradients = gradients_of(loss_of(found), wanted)
     assert_same_gradients(gradients, true_gradients, parts_of(truth)[0].dtype)
-    for name, expected in true_gradients.items():
-        assert (gradients[name] is None) == (expected is None), name
+    for name, gradient in true_gradients.items():
+        assert (gradients[name] is None) == (gradient is None), name
     return gradients
 
 
@@ -116,10 +116,11 @@ class Holder:
     """Not a module."""
 
     def __init__(self, tensor: Tensor, net: nn.Module) -> None:
-        self.inner = {"list": [tensor], "nets": (net,)}
+        self.inner: dict[str, Any] = {"list": [tensor], "nets": (net,)}
 
     def slope(self, t: Tensor, y: Tensor) -> Tensor:
-        return self.inner["nets"][0](t, y) + self.inner["list"][0] * torch.cos(t)
+        slope: Tensor = self.inner["nets"][0](t, y) + self.inner["list"][0] * torch.cos(t)
+        return slope
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         return self.slope(t, y)
@@ -176,7 +177,7 @@ def iter_of(tensor: Tensor) -> Callable[[], Tensor]:
 
     slots = Slots()
     slots.tensor = tensor  # type: ignore[attr-defined]
-    return lambda: slots.tensor  # type: ignore[attr-defined, no-any-return]
+    return lambda: slots.tensor  # type: ignore[attr-defined]
 
 
 KINDS = (
