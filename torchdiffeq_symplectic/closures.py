@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import types
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
@@ -33,29 +34,31 @@ def held_by(func: object) -> tuple[list[nn.Module], list[Tensor]]:
     What `modules_of` and `tensors_of` find, and what is in attributes, containers, default arguments and functions that
     it closes over. The nearest come first; large structures are not searched to their end.
     """
-    modules: list[nn.Module] = []
+    modules: dict[nn.Module, None] = {}
     tensors: list[Tensor] = []
     seen: dict[int, object] = {}  # kept alive, so that ids stay theirs
     queue = collections.deque([func])
     while queue and len(seen) < _SEARCHED:
         part = queue.popleft()
-        if id(part) in seen or isinstance(part, _PLAIN):
+        if type(part) in weakref.ProxyTypes or isinstance(part, _PLAIN) or id(part) in seen:
             continue
         seen[id(part)] = part
         if isinstance(part, Tensor):
             tensors.append(part)
         elif isinstance(part, nn.Module):
-            modules.append(part)
-            queue.extend(value for name, value in vars(part).items() if name not in _OF_EVERY_MODULE)
+            for module in part.modules():
+                if module not in modules:
+                    modules[module] = None
+                    queue.extend(value for name, value in vars(module).items() if name not in _OF_EVERY_MODULE)
         else:
             queue.extend(_contents(part))
-    return modules, tensors
+    return list(modules), tensors
 
 
 # So many objects are looked at; a trainer's method may hold a data set.
 _SEARCHED = 5000
 _PLAIN = (str, bytes, int, float, complex, type, type(None), types.ModuleType, types.BuiltinFunctionType)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers", "_modules", "_parameters"}
+_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers", "_parameters"}
 
 
 def _contents(part: object) -> Iterable[object]:
