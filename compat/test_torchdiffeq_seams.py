@@ -299,12 +299,41 @@ def test_listener_shows_the_attributes_of_the_wrapper(name: str) -> None:
 
 
 def test_solvers_are_one_table_looked_up_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sys.modules["torchdiffeq._impl.odeint"].SOLVERS is SOLVERS
+    solving: Any = sys.modules["torchdiffeq._impl.odeint"]
     assert adjoint.SOLVERS is SOLVERS, "odeint_adjoint has a table of methods of its own"
+    assert solving.SOLVERS is not SOLVERS, "the table is not the one through which a choice reaches odeint"
+    torchdiffeq_symplectic.unregister()
+    assert solving.SOLVERS is SOLVERS
+    torchdiffeq_symplectic.register()
     monkeypatch.setitem(SOLVERS, "mine", SOLVERS["rk4"])
     assert torch.equal(
         torchdiffeq.odeint(Field(), Y0, T, method="mine"), torchdiffeq.odeint(Field(), Y0, T, method="rk4")
     )
+
+
+def test_odeint_asks_the_table_at_each_call_and_solves_by_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name of odeint that was imported earlier looks up the same global, so it is reached, too."""
+    asked: list[tuple[Any, ...]] = []
+
+    class Solver:
+        @classmethod
+        def valid_callbacks(cls) -> set[str]:
+            return set()
+
+        def __init__(self, **arguments: Any) -> None:
+            asked.append(tuple(sorted(arguments)))
+
+        def integrate(self, t: Tensor) -> Tensor:
+            return torch.full((len(t), *Y0.shape), 5.0, dtype=Y0.dtype)
+
+    class Watching(dict[str, Any]):
+        def __getitem__(self, method: str) -> Any:
+            return Solver
+
+    monkeypatch.setattr(sys.modules["torchdiffeq._impl.odeint"], "SOLVERS", Watching(rk4=None))
+    solution = torchdiffeq.odeint(Field(), Y0, T, method="rk4", options={"step_size": 0.1})
+    assert torch.equal(solution, torch.full((len(T), *Y0.shape), 5.0, dtype=Y0.dtype))
+    assert asked == [("atol", "func", "norm", "rtol", "step_size", "y0")]
 
 
 @pytest.mark.parametrize("method", sorted(SOLVERS))

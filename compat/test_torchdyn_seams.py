@@ -20,6 +20,7 @@ import torch
 import torchdyn.core.neuralde
 import torchdyn.models
 import torchdyn.nn
+import torchdyn.numerics
 from torch import Tensor, nn
 from torchdyn.core.defunc import DEFunc
 from torchdyn.core.problems import standardize_vf_call_signature
@@ -33,6 +34,7 @@ from torchdiffeq_symplectic.hosts.torchdyn._host import (
     NeuralODE,
     ODEProblem,
     odeint,
+    str_to_solver,
 )
 
 T = torch.tensor([0.0, 0.3, 1.0])
@@ -427,3 +429,22 @@ def test_the_adjoint_adds_the_sum_of_the_running_cost() -> None:
     (gradient,) = torch.autograd.grad(0.0 * solution.sum(), x)
     expected = torch.tensor([2.0, 2.0, 0.0]).expand(2, 3)
     assert torch.allclose(gradient, expected), "the integral of the loss is no longer added as the sum over the batch"
+
+
+# The functional odeint, and what a choice must not take for a need of gradients.
+
+
+def test_the_functional_odeint_is_looked_up_in_the_package_and_takes_what_a_call_holds() -> None:
+    """In its own module it reads its own defaults, so that name must stay."""
+    assert torchdyn.numerics.odeint is odeint
+    parameters = inspect.signature(odeint).parameters
+    assert set(parameters) >= _problems._KNOWN
+    assert list(parameters)[:4] == ["f", "x", "t_span", "solver"]
+    assert _problems._KNOWN - {"f"} <= set(inspect.signature(_solving.Call).parameters)
+    assert isinstance(str_to_solver("rk4", torch.float64), nn.Module)
+
+
+def test_a_field_without_parameters_is_given_one_of_a_known_name(capsys: pytest.CaptureFixture[str]) -> None:
+    model = NeuralODE(lambda t, x, args=None: -x, solver="rk4")
+    assert "does not have" in capsys.readouterr().out
+    assert [name for name, _ in model.vf.named_parameters()] == [_solving._DUMMY]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -120,7 +121,7 @@ def test_integral_of_a_running_cost_over_a_number(mode: str) -> None:
 def test_a_gradient_with_an_integral_is_not_differentiated_again(mode: str) -> None:
     field, x = Field(lambda t, x, weight: weight * x), state(4, 3)
     solution = solved(field, x, mode, integral_loss=lambda t, x: x.square().mean(-1))
-    with pytest.raises(NotImplementedError, match=r"integral_loss.*create_graph=True"):
+    with pytest.raises(NotImplementedError, match=r"integral_loss.*create_graph=True not"):
         torch.autograd.grad(solution[-1].square().sum(), x, create_graph=True)
 
 
@@ -203,6 +204,85 @@ def test_a_solver_whose_steps_change_their_form_is_refused(mode: str, cost: Any)
     field = Field(lambda t, x, weight: 3 * x)
     with pytest.raises(NotImplementedError, match=r"Branching.*changes from step to step"):
         solved(field, state(4, 3), mode, Branching(), integral_loss=cost)
+
+
+# What is used at some times only, held at a distance.
+
+
+def net(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+class Listed(nn.Module):
+    """Networks in a list that torch does not see."""
+
+    def __init__(self, nets: list[nn.Module]) -> None:
+        super().__init__()
+        self.nets = nets
+
+    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
+        result: Tensor = self.nets[int(t > 0.3)](x)
+        return result
+
+
+class Plain:
+    """A callable object that is no module."""
+
+    def __init__(self, nets: list[nn.Module]) -> None:
+        self.nets = {"early": nets[0], "late": nets[1]}
+
+    def __call__(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
+        result: Tensor = self.nets["late" if t > 0.3 else "early"](x)
+        return result
+
+
+def by_helper(nets: list[nn.Module]) -> Any:
+    def helper(t: Tensor, x: Tensor) -> Tensor:
+        result: Tensor = nets[int(t > 0.3)](x)
+        return result
+
+    return lambda t, x, args=None: helper(t, x)
+
+
+DISTANT: dict[str, Callable[[list[nn.Module]], Any]] = {
+    "list": lambda nets: lambda t, x, args=None: nets[int(t > 0.3)](x),
+    "helper": by_helper,
+    "default": lambda nets: lambda t, x, args=None, nets=nets: nets[int(t > 0.3)](x),
+    "partial": lambda nets: functools.partial(lambda nets, t, x, args=None: nets[int(t > 0.3)](x), nets),
+    "object": Plain,
+    "module": Listed,
+}
+
+
+@each_mode
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("how", DISTANT)
+def test_networks_that_are_used_late_and_held_at_a_distance(mode: str, solver: str, how: str) -> None:
+    nets, x = [net(1), net(2), net(3)], state(4, 3)
+    unused = next(nets[2].parameters())
+    wanted = [x, *nets[0].parameters(), *nets[1].parameters()]
+    found = []
+    for sensitivity in (mode, "autograd"):
+        loss = solved(DISTANT[how](nets), x, sensitivity, solver).sin().sum()
+        gradients: Any = torch.autograd.grad(loss, [*wanted, unused], allow_unused=True)
+        assert gradients[-1] is None, "what is not used is left alone"
+        found.append(gradients[:-1])
+    assert error(*found) < 1e-11
+
+
+@each_mode
+def test_tensors_in_attributes_that_are_used_late(mode: str) -> None:
+    """A leaf, and one that an encoder computed."""
+    encoder, x = net(5), state(4, 3)
+    field = Field(lambda t, x, weight: weight * x + (field.leaf if t > 0.3 else 0) + (field.code if t > 0.6 else 0))
+    field.leaf = torch.tensor([0.3, -0.1, 0.8], dtype=torch.float64, requires_grad=True)
+    found = []
+    for sensitivity in (mode, "autograd"):
+        field.code = encoder(state(4, 3).detach())
+        loss = solved(field, x, sensitivity).sin().sum()
+        found.append(torch.autograd.grad(loss, [x, field.weight, field.leaf, *encoder.parameters()]))
+    assert error(*found) < 1e-11
 
 
 # What others build upon torchdyn.

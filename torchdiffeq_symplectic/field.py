@@ -31,7 +31,7 @@ class Field:
         params: tensors whose gradients are accumulated; they may be leaves or results of other operations.
         surroundings: what else ``func`` depends on.
         wants_time: whether products with respect to ``t`` are needed.
-        ignore: tensors whose missing gradient is nobody's oversight.
+        ignore: tensors whose missing gradient is nobody's oversight; None if nothing can be missing.
         dtype, shape: of the state; slopes are cast and expanded to them, as the hosts do.
 
     Attributes:
@@ -47,7 +47,7 @@ class Field:
         surroundings: Surroundings,
         *,
         wants_time: bool,
-        ignore: Iterable[Tensor],
+        ignore: Iterable[Tensor] | None,
         dtype: torch.dtype,
         shape: torch.Size,
     ) -> None:
@@ -58,7 +58,8 @@ class Field:
         self.dtype, self.shape = dtype, shape
         self.slope_dtype = surroundings.autocast_dtype
         self.param_grads = [torch.zeros_like(param) for param in params]
-        self._ignore = {id(tensor) for tensor in ignore}
+        self._ignore = {id(tensor) for tensor in ignore or ()}
+        self._complete = ignore is None
         self.walks = True
         self._checked = False
         self._nodes: dict[torch.autograd.graph.Node, list[int]] = {}
@@ -115,7 +116,8 @@ class Field:
         self.walks = len(self.params) > _ASK_FOR_ALL
         stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
         found, others = reachable([node_of(slope).node], {**stops, **self._nodes})
-        report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
+        if not self._complete:
+            report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
         return sorted(found)
 
     def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:

@@ -15,6 +15,7 @@ from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.modes import Mode
 from torchdiffeq_symplectic.modes.baseline import backpropagate
 from torchdiffeq_symplectic.surroundings import Surroundings, hooks_silenced
+from torchdiffeq_symplectic.switch import Choice, current, restored
 from torchdiffeq_symplectic.trajectory import Recording, Trajectory
 
 __all__ = ["Solve", "Times", "attach"]
@@ -45,7 +46,8 @@ class Solve:
         func: ``func(t, y)``, the field as the host's solver calls it.
         surroundings: what else the field depends on.
         replay_check: "error", "warn" or "ignore".
-        ignore: tensors whose missing gradient is not to be reported.
+        ignore: tensors whose missing gradient is not to be reported; None if all that are used are known.
+        choice: what solves inside the field are to use.
     """
 
     mode: Mode
@@ -53,7 +55,8 @@ class Solve:
     func: Callable[[Tensor, Tensor], Tensor]
     surroundings: Surroundings
     replay_check: str
-    ignore: Sequence[Tensor] = ()
+    ignore: Sequence[Tensor] | None = ()
+    choice: Choice | None = dataclasses.field(default_factory=current)
 
 
 def attach(solve: Solve, solution: Tensor, initial: Tensor, times: Times, params: Sequence[Tensor]) -> Tensor:
@@ -108,7 +111,8 @@ class _Gradient(torch.autograd.Function):
         )
         check = ReplayCheck(solve.replay_check, trajectory.dtype)
         leaves = (initial, start, size, theta, *params)
-        with solve.surroundings.restored(trajectory.is_random, attributes), hooks_silenced(leaves):
+        surroundings = solve.surroundings.restored(trajectory.is_random, attributes)
+        with surroundings, hooks_silenced(leaves), restored(solve.choice):
             if torch.is_grad_enabled():
                 gradients = backpropagate(trajectory, field, outputs, check, create_graph=True)
             else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torchdiffeq_symplectic import switch
 from torchdiffeq_symplectic.hosts import torchdiffeq, torchdyn
 
 __all__ = ["register", "unregister"]
@@ -16,9 +17,14 @@ def register() -> None:
     """
     torchdiffeq.register()
     torchdyn.register()
+    switch.connect(True)
 
 
 def unregister() -> None:
-    """Put back what `register` replaced. ``torchdiffeq_symplectic.odeint_adjoint`` works all the same."""
+    """Put back what `register` replaced, and the default of `set_default`.
+
+    ``torchdiffeq_symplectic.odeint_adjoint`` works all the same.
+    """
+    switch.connect(False)
     torchdiffeq.unregister()
     torchdyn.unregister()

@@ -1,7 +1,8 @@
 """The adapter of torchdiffeq: how its solve is recorded, and which of its names are patched.
 
-`register` replaces two things: the function ``odeint_adjoint`` wherever torchdiffeq itself holds it, and the class that
-it looks up at each call, which reaches callers that imported the function earlier.
+`register` replaces three things: the function ``odeint_adjoint`` wherever torchdiffeq itself holds it; the class that
+it looks up at each call, which reaches callers that imported the function earlier; and the table that ``odeint`` looks
+its methods up in, which a `use` needs.
 """
 
 from __future__ import annotations
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, _check_inputs, _flat_to_shape, adjoint
 from torchdiffeq_symplectic.hosts.torchdiffeq._methods import methods
 from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve, tableau_of
+from torchdiffeq_symplectic.hosts.torchdiffeq._table import Table
 from torchdiffeq_symplectic.modes import MODES
+from torchdiffeq_symplectic.switch import chosen_by
 
 __all__ = ["methods", "odeint_adjoint", "register", "tableau_of", "unregister"]
 
 _upstream_odeint_adjoint = adjoint.odeint_adjoint
 _upstream_method = adjoint.OdeintAdjointMethod
+_table = Table(SOLVERS)
 
 
 def odeint_adjoint(
@@ -75,7 +79,8 @@ def odeint_adjoint(
         NotImplementedError: before the solve, if the steps of ``method`` are of no form that can be replayed.
         ReplayError: in backward, if recomputing a step does not give what the forward pass gave.
     """
-    if adjoint_method not in MODES:
+    choice = chosen_by(adjoint_method, adjoint_options)
+    if choice is None or not _is_known(adjoint_method):
         return _upstream_odeint_adjoint(
             func,
             y0,
@@ -107,8 +112,8 @@ def odeint_adjoint(
     shapes, func, y0, t, rtol, atol, method, options, event_fn, decreasing = _check_inputs(
         func, y0, t, rtol, atol, method, options, event_fn, SOLVERS
     )
-    call = Call(func, y0, t, rtol, atol, method or "dopri5", options or {}, event_fn, params, adjoint_options or {})
-    event_t, solution = solve(MODES[adjoint_method], call)
+    call = Call(func, y0, t, rtol, atol, method or "dopri5", options or {}, event_fn, params, choice.options)
+    event_t, solution = solve(choice.mode, call)
     if shapes is not None:
         solution = _flat_to_shape(solution, (len(t),), shapes)
     if event_t is None:
@@ -138,14 +143,15 @@ class _Dispatch:
         t_requires_grad: bool,
         *adjoint_params: Tensor,
     ) -> Any:
-        if adjoint_method in MODES:
-            call = Call(func, y0, t, rtol, atol, method, options, event_fn, adjoint_params, adjoint_options)
-            event_t, solution = solve(MODES[adjoint_method], call)
-            return solution if event_t is None else (event_t, solution)
         needed = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y0, t, *adjoint_params))
-        if needed and adjoint_method is not None and adjoint_method not in SOLVERS:
+        if needed and not _is_known(adjoint_method):
             known = '", "'.join([*SOLVERS, *MODES])
             raise ValueError(f'Invalid method "{adjoint_method}". Must be one of {{"{known}"}}.')
+        choice = chosen_by(adjoint_method, adjoint_options)
+        if choice is not None:
+            call = Call(func, y0, t, rtol, atol, method, options, event_fn, adjoint_params, choice.options)
+            event_t, solution = solve(choice.mode, call)
+            return solution if event_t is None else (event_t, solution)
         return _upstream_method.apply(
             shapes,
             func,
@@ -165,20 +171,27 @@ class _Dispatch:
         )
 
 
+def _is_known(adjoint_method: object) -> bool:
+    return adjoint_method is None or adjoint_method in SOLVERS or adjoint_method in MODES
+
+
 def register() -> None:
     """Make the gradient modes known to torchdiffeq. Doing it again changes nothing."""
-    _replace(_upstream_odeint_adjoint, odeint_adjoint, _upstream_method, _Dispatch)
+    _replace(_upstream_odeint_adjoint, odeint_adjoint, _upstream_method, _Dispatch, SOLVERS, _table)
 
 
 def unregister() -> None:
     """Put back what `register` replaced."""
-    _replace(odeint_adjoint, _upstream_odeint_adjoint, _Dispatch, _upstream_method)
+    _replace(odeint_adjoint, _upstream_odeint_adjoint, _Dispatch, _upstream_method, _table, SOLVERS)
 
 
-def _replace(function: Any, new_function: Any, method: Any, new_method: Any) -> None:
+def _replace(function: Any, new_function: Any, method: Any, new_method: Any, table: Any, new_table: Any) -> None:
     modules: tuple[Any, ...] = (host, sys.modules["torchdiffeq._impl"], adjoint)
     for module in modules:
         if module.odeint_adjoint is function:
             module.odeint_adjoint = new_function
     if adjoint.OdeintAdjointMethod is method:
         adjoint.OdeintAdjointMethod = new_method
+    solving: Any = sys.modules["torchdiffeq._impl.odeint"]
+    if solving.SOLVERS is table:
+        solving.SOLVERS = new_table

@@ -80,7 +80,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, measured: Adaptive, listener: Listener) -> None:
         """Record the solve that follows."""
-        self._recording = recording
+        self.recording = recording
         self._measured = measured
         self._listener = listener
         self.func = listener
@@ -109,7 +109,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         return new_state
 
     def _record(self, old: Any, new: Any, k: Tensor, size: Tensor) -> None:
-        recording, tableau = self._recording, self._tableau
+        recording, tableau = self.recording, self._tableau
         slopes = passed = None
         if recording.keep is Keep.SLOPES:
             slopes = k.movedim(-1, 0)[tableau.carried :]
@@ -132,21 +132,21 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
     def _advance(self, next_t: Tensor) -> Tensor:
         value: Tensor = super()._advance(next_t)
         self._output += 1
-        self._recording.interpolate(self._output)
+        self.recording.interpolate(self._output)
         return value
 
     def _advance_until_event(self, event_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
         event_t, value = super()._advance_until_event(event_fn)
         self._output += 1
-        if len(self._recording):
-            self._recording.interpolate(self._output)
+        if len(self.recording):
+            self.recording.interpolate(self._output)
         else:
-            self._recording.at_start.append(self._output)
+            self.recording.at_start.append(self._output)
         return event_t, value
 
     def finish_recording(self) -> None:
         """Called when the solve has returned."""
-        self._recording.finish(self.rk_state.y1 if len(self._recording) else self.y0)
+        self.recording.finish(self.rk_state.y1 if len(self.recording) else self.y0)
 
     def times(self, t: Tensor, outputs: Tensor, step_t: Tensor | None, jump_t: Tensor | None) -> Times:
         """The times of the recorded solve, differentiable along torchdiffeq's own arithmetic.
@@ -162,7 +162,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         """
         real = self.y0.dtype.to_real()
         t = t.to(self.dtype)
-        if not len(self._recording):
+        if not len(self.recording):
             none = t[:0]
             return Times(none, none, none, none)
         start, size, end = (torch.stack(times) for times in (self._starts, self._sizes, self._ends))
@@ -172,7 +172,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
             start = start + shift[origin[:-1]]
             end = end + shift[origin[1:]]
             size = size + (shift[origin[1:]] - shift[origin[:-1]])
-        inside = torch.tensor([n for n, _ in self._recording.inside], dtype=torch.long, device=start.device)
+        inside = torch.tensor([n for n, _ in self.recording.inside], dtype=torch.long, device=start.device)
         theta = (outputs.to(self.dtype) - start[inside]) / (end[inside] - start[inside])
         return Times(start.to(real), size.to(real), end.to(real), theta)
 

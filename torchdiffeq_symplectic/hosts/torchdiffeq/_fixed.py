@@ -122,7 +122,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, measured: Any, listener: Listener) -> None:
         """Record the solve that follows; ``measured`` is the tableau of every step."""
-        self._recording = recording
+        self.recording = recording
         self._measured = measured
         self._listener = listener
         self.func = listener
@@ -150,9 +150,9 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         change, slope = super()._step_func(func, t0, dt, t1, y0)
         tableau = self._tableau_used()
         slopes = passed = None
-        if self._recording.keep is Keep.SLOPES:
+        if self.recording.keep is Keep.SLOPES:
             slopes = torch.stack([found.expand_as(y0).to(change.dtype) for found in listener.slopes])
-        elif self._recording.keep is Keep.STATES and tableau.passes is not None:
+        elif self.recording.keep is Keep.STATES and tableau.passes is not None:
             passed = slope.expand_as(y0)
         drew = listener.drew
         if drew and tableau.closing is not None:
@@ -161,7 +161,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
                 'each output draws anew. Use interp="linear".'
             )
         random = list(listener.draws) if drew else []
-        self._recording.step(tableau, y0, slopes=slopes, passed=passed, random=random)
+        self.recording.step(tableau, y0, slopes=slopes, passed=passed, random=random)
         self._new = (y0, change)
         if self._grid is None:
             self._starts.append(t0)
@@ -184,10 +184,10 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         if self._in_event:  # the search for the event interpolates many times; the last time counts
             return
         self._output += 1
-        if at_start and len(self._recording) == 1:
-            self._recording.at_start.append(self._output)
+        if at_start and len(self.recording) == 1:
+            self.recording.at_start.append(self._output)
         else:
-            self._recording.interpolate(self._output, at_end)
+            self.recording.interpolate(self._output, at_end)
 
     def integrate_until_event(self, t0: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
         self._in_event = True
@@ -199,10 +199,10 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
     def finish_recording(self) -> None:
         """Called when the solve has returned."""
         if self._new is None:
-            self._recording.finish(self.y0)
+            self.recording.finish(self.y0)
         else:
             state, change = self._new
-            self._recording.finish(state + change)
+            self.recording.finish(state + change)
 
     def times(self, t: Tensor, outputs: Tensor, step_t: Tensor | None, jump_t: Tensor | None) -> Times:
         """The times of the recorded solve, differentiable through the grid to every entry of ``t``.
@@ -222,7 +222,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
             start, size, end = (torch.stack(times) for times in (self._starts, self._sizes, self._ends))
             shift = (t[0] - t[0].detach()).to(start.dtype)
             start, end = start + shift, end + shift
-        inside = torch.tensor([n for n, _ in self._recording.inside], dtype=torch.long, device=start.device)
+        inside = torch.tensor([n for n, _ in self.recording.inside], dtype=torch.long, device=start.device)
         theta = (outputs.to(t.dtype) - start[inside]) / (end[inside] - start[inside])
         return Times(start, size, end, theta)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.hosts.listening import Evaluations
+from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import Perturb
 from torchdiffeq_symplectic.surroundings import RandomState
 
@@ -21,10 +22,12 @@ class Listener(Evaluations):
         func: torchdiffeq's wrapped field; its attributes (the callbacks) are passed through.
         random: the generators that it may draw from.
         slopes: whether to collect the slopes.
+        captured: evaluates the field and finds what it uses; None where that is known.
     """
 
-    def __init__(self, func: Any, random: RandomState, slopes: bool) -> None:
+    def __init__(self, func: Any, random: RandomState, slopes: bool, captured: Captured | None = None) -> None:
         super().__init__(random, slopes)
+        self._captured = captured
         self._wrapper = func
         self._func = func.base_func
 
@@ -37,7 +40,7 @@ class Listener(Evaluations):
         if perturb is not Perturb.NONE:
             t = torch.nextafter(t, t + 1 if perturb is Perturb.NEXT else t - 1)
         self.before()
-        slope: Tensor = self._func(t, y)
+        slope: Tensor = self._func(t, y) if self._captured is None else self._captured.evaluate(self._func, t, y)
         self.after(slope)
         return slope
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.closures import modules_of
+from torchdiffeq_symplectic.closures import held_by, modules_of
 from torchdiffeq_symplectic.field import report_missing
 from torchdiffeq_symplectic.gradient import Solve, Times, attach
 from torchdiffeq_symplectic.graph import reachable
 from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
+from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured, with_graph
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
@@ -32,7 +33,7 @@ from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError
 from torchdiffeq_symplectic.trajectory import Keep, Recording
 
-__all__ = ["Call", "solve", "tableau_of"]
+__all__ = ["Call", "solve", "solve_whatever_is_used", "tableau_of"]
 
 
 @dataclasses.dataclass
@@ -86,26 +87,71 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     call.params = tuple(dict.fromkeys(call.params))
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
-    sources = [call.y0, call.t, *call.params, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
-    if not any(tensor is not None and tensor.requires_grad for tensor in sources):
-        return _plain(call, _FirstSlope(call))
-    solver, measured = _recording_solver(mode, call)
+    if not _any_requires_grad(*_sources(call), *call.params):
+        return _plain(call, _FirstSlope(call, functools.partial(_report_captured, call)))
     surroundings = Surroundings(modules_of(call.given), call.y0.device)
-    recording = Recording(mode.keep)
+    solver, event_t, solution = _recorded(mode, call, surroundings, None)
+    finished = Solve(mode, solver.recording, call.func.base_func, surroundings, check, _undeclared(call))
+    return event_t, _attached(finished, solver, call, event_t, solution)
+
+
+def solve_whatever_is_used(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
+    """The same with the gradients of backpropagation: of all that the field uses, so ``params`` are found, not given.
+
+    Raises:
+        NotImplementedError: if something needs a gradient and the method's steps cannot be replayed.
+    """
+    mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
+    sources = _sources(call)
+    modules, held = held_by(call.given)
+    captured = Captured(held, _any_requires_grad(*sources))
+    surroundings = Surroundings(modules, call.y0.device)
+    try:
+        solver, event_t, solution = _recorded(mode, call, surroundings, captured)
+    except (_UnreplayableError, _OtherMethodError) as refusal:
+        if _any_requires_grad(*sources):
+            raise
+        return _plain(call, _FirstSlope(call, functools.partial(_refuse_captured, call, refusal)))
+    call.params = captured.tensors
+    if not _any_requires_grad(*sources, *call.params):
+        return event_t, solution
+    func = with_graph(call.func.base_func)
+    finished = Solve(mode, solver.recording, func, surroundings, check, ignore=None)
+    return event_t, _attached(finished, solver, call, event_t, solution)
+
+
+def _sources(call: Call) -> list[Tensor | None]:
+    """What a solve is differentiated with respect to, besides what its field uses."""
+    return [call.y0, call.t, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _recorded(
+    mode: Mode, call: Call, surroundings: Surroundings, captured: Captured | None
+) -> tuple[Any, Tensor | None, Tensor]:
+    """The solver after the solve, which it has recorded; the time of the event or None; the solution."""
+    solver, measured = _recording_solver(mode, call)
     if call.event_fn is None and isinstance(solver, FixedRecorder):
         solver.use_grid(call.y0, call.t)
-    wants_slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
-    listener = Listener(call.func, surroundings.random, slopes=wants_slopes)
+    slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
+    listener = Listener(call.func, surroundings.random, slopes, captured)
+    recording = Recording(mode.keep)
     with torch.no_grad():
         solver.start_recording(recording, measured, listener)
         recording.at_start.append(0)
         event_t, solution = _run(solver, call.t.detach(), call.event_fn)
         solver.finish_recording()
     surroundings.solved()
+    return solver, event_t, solution
+
+
+def _attached(finished: Solve, solver: Any, call: Call, event_t: Tensor | None, solution: Tensor) -> Tensor:
     outputs = call.t[1:] if event_t is None else event_t.reshape(1)
-    times = _times(solver, recording, call, outputs)
-    finished = Solve(mode, recording, call.func.base_func, surroundings, check, _undeclared(call))
-    return event_t, attach(finished, solution, call.y0, times, call.params)
+    times = _times(solver, finished.recording, call, outputs)
+    return attach(finished, solution, call.y0, times, call.params)
 
 
 def _grid(call: Call) -> Tensor | None:
@@ -131,25 +177,25 @@ def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tens
 
 
 class _FirstSlope:
-    """The field of a solve that nothing listed needs a gradient of: see whether something else does."""
+    """The field of a solve that nothing known needs a gradient of: ``look`` is shown the first slope with its graph."""
 
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, look: Callable[[Tensor], None]) -> None:
+        self._func, self._look = call.func, look
         self._seen = False
 
     def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Tensor:
         slope: Tensor
         if self._seen:
-            slope = self._call.func(t, y, **perturb)
+            slope = self._func(t, y, **perturb)
         else:
             self._seen = True
             with torch.enable_grad():
-                slope = self._call.func(t, y, **perturb)
-            _report_captured(self._call, slope)
+                slope = self._func(t, y, **perturb)
+            self._look(slope)
         return slope.detach()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._call.func, name)
+        return getattr(self._func, name)
 
 
 def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
@@ -158,6 +204,14 @@ def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Ti
         outputs = outputs[torch.tensor(interpolated, dtype=torch.long, device=outputs.device)]
     times: Times = solver.times(call.t, outputs, call.option("step_t"), call.option("jump_t"))
     return times
+
+
+class _UnreplayableError(NotImplementedError):
+    """The steps of a method are of no form that can be replayed."""
+
+
+class _OtherMethodError(ValueError):
+    """The mode is for other methods."""
 
 
 def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
@@ -170,13 +224,14 @@ def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
         recording, measure = _recorder(solver)
         measured = measure(solver, call.options)
     except UnknownFormError as reason:
-        raise NotImplementedError(
+        raise _UnreplayableError(
             f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
-            "Runge-Kutta or Adams method of torchdiffeq, or one of torchdiffeq's own adjoint methods."
+            "Runge-Kutta or Adams method of torchdiffeq, or leave this solve to torchdiffeq: by one of its own adjoint "
+            "methods or, inside torchdiffeq_symplectic.use, by `with torchdiffeq_symplectic.use(None):`."
         ) from reason
     if mode.methods and not (isinstance(measured, Tableau) and mode.admits(measured)):
         known = " or ".join(f'"{method}"' for method in mode.methods)
-        raise ValueError(f'adjoint_method="{mode.name}" needs method={known}, but method is "{call.method}".')
+        raise _OtherMethodError(f'adjoint_method="{mode.name}" needs method={known}, but method is "{call.method}".')
     return _solver(recording, call, call.func), measured
 
 
@@ -225,6 +280,12 @@ def _options_of_upstream() -> frozenset[str]:
 def _undeclared(call: Call) -> list[Tensor]:
     """Parameters of the field that are left out on purpose, as nothing is listed at all."""
     return [] if call.params else [p for module in modules_of(call.given) for p in module.parameters(recurse=False)]
+
+
+def _refuse_captured(call: Call, refusal: Exception, slope: Tensor) -> None:
+    """Refuse if the field uses a tensor that needs a gradient, which the method's steps cannot give."""
+    if slope.requires_grad:
+        raise refusal
 
 
 def _report_captured(call: Call, slope: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 torchdyn has no list of tensors to differentiate with respect to. A plain function closes over networks and tensors, a
 module holds a context that an encoder computed. They are found where they are held, and in the graph of the first
-evaluation.
+evaluation; in those of all evaluations, where something that may need a gradient is held at a distance (in a list, in a
+function that the field calls): it is differentiated with respect to if it is used, and left alone if not.
 """
 
 from __future__ import annotations
@@ -24,9 +25,19 @@ class Captured:
         declared: the parameters of field and solver.
         modules: whatever is evaluated; tensors may be attributes of theirs.
         held: tensors that functions close over.
+        hidden: tensors that are held at a distance; those of the above may be among them.
+
+    Attributes:
+        watches: whether to `look` at every evaluation.
     """
 
-    def __init__(self, declared: Iterable[Tensor], modules: Iterable[nn.Module], held: Iterable[Tensor]) -> None:
+    def __init__(
+        self,
+        declared: Iterable[Tensor],
+        modules: Iterable[nn.Module],
+        held: Iterable[Tensor],
+        hidden: Iterable[Tensor] = (),
+    ) -> None:
         self._listed = _by_identity(declared)
         # Used at some times only, perhaps: so those that are closed over are listed even if the first slope has no
         # need of them. What is computed from others is used as it is, not traced back at every stage.
@@ -34,6 +45,9 @@ class Captured:
         self._listed |= _by_identity(tensor for tensor in held if tensor.is_leaf)
         attributes = (value for module in modules for value in vars(module).values() if isinstance(value, Tensor))
         self._computed = _by_identity(tensor for tensor in [*held, *attributes] if not tensor.is_leaf)
+        at_a_distance = _by_identity(hidden)
+        self.watches = not at_a_distance.keys() <= self._listed.keys() | self._computed.keys()
+        self._computed |= {key: tensor for key, tensor in at_a_distance.items() if not tensor.is_leaf}
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

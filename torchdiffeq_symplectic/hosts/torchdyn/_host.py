@@ -13,7 +13,10 @@ from torchdyn.core.problems import (
 )
 from torchdyn.numerics.interpolators import str_to_interp  # name -> Interpolator: `fit`, `evaluate`, `bmid`
 from torchdyn.numerics.odeint import odeint  # the solve: calls `solver.step`, and hands on what it returned
-from torchdyn.numerics.solvers.ode import Tsitouras45  # `odeint` drops the interpolator for it
+from torchdyn.numerics.solvers.ode import (
+    Tsitouras45,  # `odeint` drops the interpolator for it
+    str_to_solver,  # name -> solver
+)
 
 __all__ = [
     "DEFuncBase",
@@ -23,4 +26,5 @@ __all__ = [
     "Tsitouras45",
     "odeint",
     "str_to_interp",
+    "str_to_solver",
 ]

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-from torchdiffeq_symplectic.hosts.torchdyn._host import MultipleShootingProblem, NeuralODE, ODEProblem
-from torchdiffeq_symplectic.hosts.torchdyn._solving import Call, solve
+import torch
+
+from torchdiffeq_symplectic.hosts.torchdyn._host import (
+    MultipleShootingProblem,
+    NeuralODE,
+    ODEProblem,
+    odeint,
+    str_to_solver,
+)
+from torchdiffeq_symplectic.hosts.torchdyn._solving import Call, PlainField, needs_gradient, solve
 from torchdiffeq_symplectic.modes import MODES, Mode
+from torchdiffeq_symplectic.switch import Choice, current
 
 __all__ = ["patch", "unpatch"]
 
@@ -28,10 +38,25 @@ def mode_of(problem: Any) -> Mode | None:
     return MODES.get(name) if isinstance(name, str) else None
 
 
+def choice_of(problem: Any, x: Any, t_span: Any) -> Choice | None:
+    """The mode and the options for a solve of ``problem``: its own, or else what is in force around the call.
+
+    What is in force concerns only what needs a gradient.
+    """
+    mode = mode_of(problem)
+    if mode is not None:
+        return Choice(mode, _options(problem))
+    choice = current()
+    if choice is None or not needs_gradient((x, t_span), (problem.vf, problem.solver, problem.integral_loss)):
+        return None
+    return choice
+
+
 _upstream_init = ODEProblem.__init__
 _upstream_odeint = ODEProblem.odeint
 _upstream_odeint_parallel = MultipleShootingProblem.odeint
 _upstream_trajectory = NeuralODE.trajectory
+_upstream_function = odeint
 
 
 @functools.wraps(_upstream_init)
@@ -52,8 +77,8 @@ def _init(self: Any, *args: Any, **kwargs: Any) -> None:
 
 @functools.wraps(_upstream_odeint)
 def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -> Any:  # noqa: B006 (torchdyn's)
-    mode = mode_of(self)
-    if mode is None:
+    choice = choice_of(self, x, t_span)
+    if choice is None:
         # torchdyn would call None. A subclass may know names of its own.
         if self.sensalg not in _OWN and type(self)._autograd_func is ODEProblem._autograd_func:
             known = '", "'.join([*_OWN, *MODES])
@@ -64,7 +89,7 @@ def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -
         getattr(self.vf, "sensitivity", None) == "autograd" and getattr(self.vf, "integral_loss", None) is not None
     )
     return solve(
-        mode,
+        choice.mode,
         Call(
             self.vf,
             x,
@@ -76,29 +101,34 @@ def _odeint(self: Any, x: Any, t_span: Any, save_at: Any = (), args: Any = {}) -
             save_at,
             args,
             None if carried else self.integral_loss,
-            _options(self),
+            choice.options,
+            self.sensalg == "autograd",
         ),
     )
 
 
 @functools.wraps(_upstream_odeint_parallel)
 def _odeint_parallel(self: Any, x: Any, t_span: Any, B0: Any = None) -> Any:  # noqa: N803 (torchdyn's)
-    mode = mode_of(self)
-    if mode is None:
+    choice = choice_of(self, x, t_span)
+    if choice is None:
         return _upstream_odeint_parallel(self, x, t_span, B0)
     raise NotImplementedError(
-        f'multiple shooting (solver {self.parallel_solver!r}) cannot be differentiated by sensitivity="{mode.name}": '
-        'its iterations are no steps. Use sensitivity="autograd", or ODEProblem or NeuralODE with a sequential solver.'
+        f"multiple shooting (solver {self.parallel_solver!r}) cannot be differentiated by "
+        f'sensitivity="{choice.mode.name}": its iterations are no steps. Use sensitivity="autograd", inside of '
+        "torchdiffeq_symplectic.use within `with torchdiffeq_symplectic.use(None):`, or ODEProblem or NeuralODE with a "
+        "sequential solver."
     )
 
 
 @functools.wraps(_upstream_trajectory)
 def _trajectory(self: Any, x: Any, t_span: Any) -> Any:
-    mode = mode_of(self)
-    if mode is None:
+    choice = choice_of(self, x, t_span)
+    if choice is None:
         return _upstream_trajectory(self, x, t_span)
     x, t_span = self._prep_integration(x, t_span)
-    return solve(mode, Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=_options(self)))[1]
+    call = Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=choice.options)
+    call.graph = mode_of(self) is None  # torchdyn's own trajectory is a solve by autograd under every sensitivity
+    return solve(choice.mode, call)[1]
 
 
 def _options(problem: Any) -> dict[str, Any]:
@@ -106,6 +136,26 @@ def _options(problem: Any) -> dict[str, Any]:
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f'adjoint_options must be a dictionary such as {{"checkpoint": "stages"}}, but is {options!r}')
     return dict(options or {})
+
+
+@functools.wraps(_upstream_function)
+def _function(f: Any, x: Any, t_span: Any, solver: Any, *args: Any, **kwargs: Any) -> Any:
+    choice = current()
+    given = _ARGUMENTS.bind(f, x, t_span, solver, *args, **kwargs).arguments
+    if choice is None or not set(given) <= _KNOWN or not needs_gradient((x, t_span), (f, solver)):
+        return _upstream_function(f, x, t_span, solver, *args, **kwargs)
+    given["vf"] = f if isinstance(f, torch.nn.Module) else PlainField(f)
+    del given["f"]
+    if isinstance(solver, str):
+        given["solver"] = str_to_solver(solver, x.dtype)
+    given.setdefault("atol", _ARGUMENTS.parameters["atol"].default)
+    given.setdefault("rtol", _ARGUMENTS.parameters["rtol"].default)
+    return solve(choice.mode, Call(**given, options=choice.options, graph=True))
+
+
+_ARGUMENTS = inspect.signature(_upstream_function)
+# Those of a `Call`. A solve that is given others is torchdyn's own, and backpropagated through.
+_KNOWN = {"f", "x", "t_span", "solver", "atol", "rtol", "interpolator", "save_at", "args"}
 
 
 class _Sensitivity:
@@ -134,16 +184,21 @@ class _Sensitivity:
 
 
 _sensitivity = _Sensitivity()
-_PATCHES = (
+_PATCHES: tuple[tuple[Any, str, Any, Any], ...] = (
     (ODEProblem, "__init__", _upstream_init, _init),
     (ODEProblem, "odeint", _upstream_odeint, _odeint),
     (MultipleShootingProblem, "odeint", _upstream_odeint_parallel, _odeint_parallel),
     (NeuralODE, "trajectory", _upstream_trajectory, _trajectory),
+    # Where callers look the function up. In its own module it must stay, as it reads its own `__defaults__` there.
+    (sys.modules["torchdyn.numerics"], "odeint", _upstream_function, _function),
 )
 
 
 def patch() -> None:
-    """Make torchdyn's problems know the modes. Doing it again changes nothing; what others have replaced stays."""
+    """Make torchdyn's problems, and its ``odeint``, know the modes.
+
+    Doing it again changes nothing; what others have replaced stays.
+    """
     for owner, name, upstream, own in _PATCHES:
         if getattr(owner, name) is upstream:
             setattr(owner, name, own)

@@ -41,6 +41,8 @@ class Listener(Evaluations):
         captured: is told what the first evaluation uses.
         random: the generators that the field may draw from.
         slopes: whether to collect the slopes.
+        graph: whether the field is to find gradients enabled at all times, as under "autograd": one that differentiates
+            something need not enable them itself.
 
     Attributes:
         listening: whether anything is to be heard.
@@ -56,8 +58,10 @@ class Listener(Evaluations):
         captured: Captured,
         random: RandomState,
         slopes: bool,
+        graph: bool,
     ) -> None:
         super().__init__(random, slopes)
+        self._graph = graph
         self._func, self._cost, self._layout, self._captured = func, cost, layout, captured
         self._looked = False
         self.listening = True
@@ -73,7 +77,7 @@ class Listener(Evaluations):
 
     def __call__(self, t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
         if not self.listening:
-            return self._func(t, x, *args, **kwargs)
+            return self._again(t, x, *args, **kwargs)
         self.before()
         if self.transparent:
             self._looked = True
@@ -81,15 +85,15 @@ class Listener(Evaluations):
         # Aliases: a field may mark what it is given as requiring gradients.
         t, x = t.detach(), detached(x)
         self.times.append(t)
-        with torch.set_grad_enabled(not self._looked):
-            if not self._looked:
+        with torch.set_grad_enabled(self._graph or not self._looked):
+            if self._graph or not self._looked:
                 # A field that takes the state apart and marks the parts must not make them leaves.
                 for part in tensors_in(x):
                     part.requires_grad_(part.is_floating_point() or part.is_complex())
             slope = self._func(t, x, *args, **kwargs)
             cost = None if self._cost is None else self._cost(t, x).sum()
         if not self._looked:
-            self._looked = True
+            self._looked = not self._captured.watches
             self._captured.look([*tensors_in(slope), *tensors_in(cost)], [t, *tensors_in(x)])
         slope = detached(slope)
         if cost is not None:
@@ -97,6 +101,15 @@ class Listener(Evaluations):
         if self._wants_slopes:
             self.after(self._layout.pack(slope, detached(cost)))
         return slope
+
+    def _again(self, t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self._graph or torch.is_grad_enabled():
+            return self._func(t, x, *args, **kwargs)
+        x = detached(x)
+        with torch.enable_grad():
+            for part in tensors_in(x):
+                part.requires_grad_(part.is_floating_point() or part.is_complex())
+            return detached(self._func(t.detach(), x, *args, **kwargs))
 
     def conclude(self) -> None:
         """Hear no more, and keep nothing of what was heard: a replay calls the field through this."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.closures import modules_of, tensors_of
+from torchdiffeq_symplectic.closures import held_by, modules_of, tensors_of
 from torchdiffeq_symplectic.gradient import Solve, attach
 from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdyn._host import DEFuncBase, Tsitouras45, odeint, str_to_interp
@@ -19,10 +19,13 @@ from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.trajectory import Keep
 
-__all__ = ["Call", "solve"]
+__all__ = ["Call", "PlainField", "needs_gradient", "solve"]
 
 # What torchdyn sets on modules anew at each forward pass: the noise of a trace estimate, the control of DataControl.
 _SET_ANEW = ("noise", "_control")
+
+# What torchdyn gives to a field without parameters.
+_DUMMY = "dummy_parameter"
 
 
 @dataclasses.dataclass
@@ -36,6 +39,7 @@ class Call:
         solver, atol, rtol, interpolator, save_at, args: as torchdyn takes them; the solver is an object.
         integral_loss: running cost ``l(t, x)``, whose integral the gradient includes, or None.
         options: of the mode.
+        graph: whether the field is used to gradients that are enabled at all times.
     """
 
     vf: nn.Module
@@ -49,6 +53,7 @@ class Call:
     args: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     integral_loss: Callable[[Tensor, Any], Tensor] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    graph: bool = False
 
     def run(self, vf: Any, x: State, solver: Any, interpolator: Any) -> tuple[Tensor, Any]:
         """The solve as torchdyn does it."""
@@ -66,6 +71,35 @@ class Call:
         return result
 
 
+class PlainField(nn.Module):
+    """A callable ``vf(t, x)`` that is no module, as one."""
+
+    def __init__(self, vf: Callable[..., Any]) -> None:
+        super().__init__()
+        self.vf = vf
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """``vf`` itself."""
+        return self.vf(*args, **kwargs)
+
+
+def needs_gradient(values: Iterable[Any], parts: Iterable[object]) -> bool:
+    """Whether anything known asks for a gradient: tensors in ``values``, or what ``parts`` hold."""
+    if not torch.is_grad_enabled():
+        return False
+    if any(tensor.requires_grad for value in values for tensor in tensors_in(value)):
+        return True
+    for part in parts:
+        modules, tensors = held_by(part)
+        dummies = [module._parameters.get(_DUMMY) for module in modules]
+        parameters = (parameter for module in modules for parameter in module.parameters(recurse=False))
+        if any(
+            tensor.requires_grad and not any(tensor is dummy for dummy in dummies) for tensor in (*tensors, *parameters)
+        ):
+            return True
+    return False
+
+
 def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     """Output times and the solution with the gradient of ``mode``.
 
@@ -81,13 +115,17 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     initial = layout.pack(call.x)
     functions = _functions(call)
     parts = (call.vf, call.solver, call.integral_loss, *functions)
-    modules = list(dict.fromkeys(module for part in parts for module in modules_of(part)))
+    declared = list(dict.fromkeys(module for part in parts for module in modules_of(part)))
+    found, hidden = held_by(parts)
+    modules = list(dict.fromkeys([*declared, *found]))
     attributes = [(module, name) for module in modules for name in _SET_ANEW if name in vars(module)]
     surroundings = Surroundings(modules, initial.device, attributes)
-    params = [param for module in modules for param in module.parameters(recurse=False)]
+    params = [param for module in declared for param in module.parameters(recurse=False)]
+    hidden += [param for module in found for param in module.parameters(recurse=False)]
     held = [*(tensor for function in functions for tensor in tensors_of(function)), *tensors_in(call.args)]
-    captured = Captured(params, modules, held)
-    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, mode.keep is Keep.SLOPES)
+    captured = Captured(params, declared, held, hidden)
+    slopes = mode.keep is Keep.SLOPES
+    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, slopes, call.graph)
     interpolator = _interpolator(call, initial)
     refuse = _refusal(mode, call.solver)
     recorder = Recorder(call.solver, interpolator, listener, layout, captured, mode, call.args, refuse)
@@ -113,7 +151,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
 
 def _functions(call: Call) -> Sequence[object]:
     """The plain functions that are evaluated; torchdyn wraps one that is given as field into a module."""
-    functions = [module.vf for module in call.vf.modules() if isinstance(module, DEFuncBase)]
+    functions = [module.vf for module in call.vf.modules() if isinstance(module, DEFuncBase | PlainField)]
     return [
         function
         for function in (*functions, call.integral_loss)
@@ -132,8 +170,8 @@ class _WithCost(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
-                "integral_loss adds its gradient to every backward pass, so that of a gradient is not defined: "
-                "create_graph=True is not supported with it. To differentiate twice, carry the running cost in the state."
+                "integral_loss adds its gradient to every backward pass, so that of a gradient is not defined, and "
+                "create_graph=True not supported. To differentiate twice, carry the running cost in the state."
             )
         (cotangent,) = cotangents
         return cotangent, cotangent.new_ones(())
