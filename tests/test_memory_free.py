@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from harness import Net, error, initial, loss_of, times
+from residual_blocks import HEUN, needs_heun
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import MODES, ReplayError, ReplayWarning, odeint_adjoint
 from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
 
-METHODS = ("euler", "heun2")
-each_method = pytest.mark.parametrize("method", METHODS)
+STAGES = {"euler": 1, "heun2": 2}
+each_method = pytest.mark.parametrize("method", ["euler", HEUN])
 ENDS = torch.tensor([0.0, 1.0], dtype=torch.float64)
 
 
@@ -114,7 +115,10 @@ def slope_of(values: Sequence[float], depths: Sequence[int]) -> float:
     return float(((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum())
 
 
-@pytest.mark.parametrize(("method", "steepest", "flattest"), [("euler", -1.15, -0.85), ("heun2", -math.inf, -2.0)])
+@pytest.mark.parametrize(
+    ("method", "steepest", "flattest"),
+    [("euler", -1.15, -0.85), pytest.param("heun2", -math.inf, -2.0, marks=needs_heun)],
+)
 def test_error_falls_with_the_number_of_steps(method: str, steepest: float, flattest: float) -> None:
     """O(1/N) for Euler, O(1/N^2) or better for Heun: the paper's claim for smooth weights."""
     field, y0 = Net(), initial()
@@ -242,7 +246,7 @@ def test_other_methods_are_refused_before_the_solve() -> None:
 def test_evaluations(method: str) -> None:
     """Euler: one back, one with its graph. Heun: two back, one for the slope, two with their graphs."""
     field, y0 = Net(), initial()
-    steps, stages = 12, METHODS.index(method) + 1
+    steps, stages = 12, STAGES[method]
     for check, saved in (("warn", 0), ("ignore", stages)):
         loss = loss_of(solve(field, y0, ENDS, steps, method, adjoint_options={"replay_check": check}))
         field.evaluations = 0
@@ -256,7 +260,7 @@ def test_states_that_are_kept_are_not_recovered(method: str) -> None:
     loss = loss_of(odeint_adjoint(field, y0, t, method=method, adjoint_method="memory_free"))
     field.evaluations = 0
     loss.backward()
-    assert field.evaluations == 7 * (2 * METHODS.index(method) + 1)
+    assert field.evaluations == 7 * (2 * STAGES[method] - 1)
 
 
 class Tied(nn.Module):
@@ -270,7 +274,7 @@ class Tied(nn.Module):
         return y * self.rate
 
 
-@pytest.mark.parametrize("method", ["euler", pytest.param("heun2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["euler", pytest.param("heun2", marks=[pytest.mark.slow, needs_heun])])
 def test_memory_does_not_grow_with_the_number_of_steps(method: str) -> None:
     field, y0 = Tied(), torch.randn(4096, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
     t = ENDS.float()

@@ -1,0 +1,106 @@
+"""What the equivalence report shows: its dictionary, table, progress and picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from residual_blocks import DOUBLE, Dense, forms, sequence_of, state
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.resnet import EquivalenceReport, equivalence_report
+
+NEEDED = [
+    "forward_error",
+    "gradient_error",
+    "distance",
+    "bound",
+    "smoothness",
+    "memory_free_error",
+    "verdict",
+]
+
+
+def dense_report(count: int = 5, **keywords: Any) -> EquivalenceReport:
+    return equivalence_report(sequence_of(Dense, count), state(4, 3), **keywords)
+
+
+def test_dictionary_has_the_names_and_is_json() -> None:
+    found = dense_report().to_dict()
+    assert set(NEEDED) <= set(found)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert len(found["distance"]) == len(found["bound"]) == 6
+    assert found["distance"][0] == found["bound"][0] == 0
+    assert set(found["memory_free_error"]) == {"euler", "heun2"}
+    assert {"relative", "cosine"} <= set(found["memory_free_error"]["euler"])
+
+
+@pytest.mark.parametrize("has_rich", [True, False])
+def test_print_shows_the_figures_and_the_verdict(has_rich: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if has_rich:
+        pytest.importorskip("rich")
+    else:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+            monkeypatch.delitem(sys.modules, name)
+        monkeypatch.setitem(sys.modules, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    report = dense_report()
+    text = str(report)
+    assert ("┌" in text) == has_rich
+    assert f"Verdict: {report.verdict}" in text
+    assert all(reason in text for reason in report.reasons)
+    for figure in (report.distance[-1], report.bound[-1], report.smoothness, report.lipschitz, report.curvature):
+        assert f"{figure:.3g}" in text
+    for found in report.memory_free_error.values():
+        assert f"{found.relative:.1e}, cosine {found.cosine:.6f}" in text
+    assert all(f"  {name}" in text for name in report.smoothness_by_layer)
+    assert repr(report) == f"<EquivalenceReport of 5 blocks: {report.verdict}>"
+
+
+def test_progress_is_on_the_standard_error_where_it_is_wanted(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    dense_report(progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(stage in err for stage in ("memory-free gradients", "backpropagation", "the ODE"))
+    assert err.count("100%") == 3
+    dense_report(progress=False)
+    dense_report()  # no terminal
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["dense", "tied", "mixed"])
+def test_plot_can_be_read_without_colours(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    blocks, keywords, shape = forms()[name]
+    report = equivalence_report(blocks, state(*shape), **keywords)
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **settings: figures.append(figure))
+    report.plot(tmp_path / "report.png")
+    monkeypatch.undo()
+    report.plot(tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+    for axes, least in zip(figures[0].axes, (2, 0 if name == "mixed" else 1, 2), strict=True):
+        assert len(axes.lines) >= least
+        looks = [(line.get_linestyle(), line.get_marker()) for line in axes.lines]
+        assert len(set(looks)) == len(looks)
+        assert axes.get_xlabel()
+        assert axes.get_ylabel()
+
+
+def test_plot_of_what_is_not_finite(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+
+    class Bursting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 8 * x.square()
+
+    report = equivalence_report([Bursting()] * 2, torch.ones(2, dtype=DOUBLE), residual=True)
+    report.plot(str(tmp_path / "report.svg"))
+    assert "<svg" in (tmp_path / "report.svg").read_text(encoding="utf8")

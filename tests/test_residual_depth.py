@@ -1,0 +1,175 @@
+"""Which block stands at which depth: on every grid a host makes, for every number of blocks, dtype and direction."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from residual_blocks import DOUBLE, needs_heun, telling
+from torch import Tensor
+from torchdiffeq._impl.odeint import SOLVERS
+
+from torchdiffeq_symplectic.resnet import ResidualField
+from torchdiffeq_symplectic.resnet.interpolation import Place, place_of, step_size
+
+SINGLE = torch.float32
+LARGEST = 10_000
+# With a Python float 1/N torchdiffeq makes a step too many for 49, 98, 103 (float64) and 61, 109 (float32).
+SELECTED = (2, 3, 7, 49, 61, 98, 103, 109)
+each_dtype = pytest.mark.parametrize("dtype", [SINGLE, DOUBLE], ids=["float32", "float64"])
+
+
+def host_grid(count: int, dtype: torch.dtype, start: float = 0.0, end: float = 1.0) -> Tensor:
+    """torchdiffeq's own grid from `step_size`, in the direction of increasing times."""
+    solver = SOLVERS["euler"](None, torch.zeros((), dtype=dtype), rtol=0.0, atol=0.0, step_size=step_size(count))
+    grid: Tensor = solver.grid_constructor(None, solver.y0, torch.tensor([start, end], dtype=dtype))
+    return grid
+
+
+def neighbours(times: Tensor) -> Iterator[Tensor]:
+    """What a host may make of its times: themselves, and the floats next to them (``perturb``)."""
+    yield times
+    for way in (math.inf, -math.inf):
+        yield torch.nextafter(times, torch.full_like(times, way))
+
+
+def grids_of(count: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """All that hosts make of ``n/N``, ``n = 0 ... N``."""
+    exact = torch.arange(count + 1, dtype=DOUBLE) / count
+    forwards = exact.to(dtype)
+    backwards = -host_grid(count, dtype, -1.0, 0.0).flip(0)
+    there_and_back = forwards[:1] + (forwards - forwards[:1])  # torchdyn: t + (t1 - t)
+    for grid in (forwards, host_grid(count, dtype), backwards, there_and_back):
+        for times in neighbours(grid):
+            yield times
+            if dtype == SINGLE:
+                yield from neighbours(times.double())
+
+
+def check_places(count: int, dtype: torch.dtype) -> None:
+    """Each grid's worst depths, and its ends, belong to their blocks; ``between`` would be seen there first."""
+    numbers = torch.arange(count + 1, dtype=DOUBLE)
+    for times in grids_of(count, dtype):
+        assert len(times) == count + 1
+        away = times.double() * count - numbers
+        for n in {0, 1, count - 1, count, int(away.argmax()), int(away.argmin())}:
+            assert place_of(float(times[n]), count, times.dtype) == Place(min(n, count - 1), between=False), (count, n)
+
+
+@each_dtype
+def test_the_host_makes_one_step_a_block_for_every_number_of_blocks(dtype: torch.dtype) -> None:
+    times = torch.tensor([0.0, 1.0], dtype=dtype)
+    for count in range(2, LARGEST + 1):
+        # The grid's length is this; checked against the grid itself below and in the solves.
+        assert math.ceil(float((times[1] - times[0]) / step_size(count) + 1)) == count + 1
+
+
+@each_dtype
+def test_depths_belong_to_their_blocks(dtype: torch.dtype) -> None:
+    for count in (*range(2, 200), 999, 1000, 1001, 4096, 9973, LARGEST):
+        check_places(count, dtype)
+
+
+@pytest.mark.slow
+@each_dtype
+def test_depths_belong_to_their_blocks_for_every_number_of_blocks(dtype: torch.dtype) -> None:
+    for count in range(2, LARGEST + 1):
+        check_places(count, dtype)
+
+
+@each_dtype
+def test_every_depth_of_the_longest_network(dtype: torch.dtype) -> None:
+    for times in (host_grid(LARGEST, dtype), -host_grid(LARGEST, dtype, -1.0, 0.0)):
+        found = [place_of(t, LARGEST, dtype) for t in times.tolist()]
+        numbers = range(LARGEST + 1) if float(times[0]) == 0.0 else reversed(range(LARGEST + 1))
+        assert found == [(min(n, LARGEST - 1), False) for n in numbers]
+
+
+@each_dtype
+def test_between_grid_points_is_between(dtype: torch.dtype) -> None:
+    for count in (2, 3, 10, 1000, LARGEST):
+        for n in {0, 1, count // 3, count - 2} - {count - 1}:
+            for part in (0.02, 0.5, 0.98):
+                assert place_of((n + part) / count, count, dtype) == Place(n, between=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_reaches_as_far_as_it_tells_blocks_apart(dtype: torch.dtype) -> None:
+    most = int(0.5 / torch.finfo(dtype).eps)
+    for count in (2, 10, most // 2, most):
+        for times in neighbours((torch.arange(count + 1, dtype=DOUBLE) / count).to(dtype)):
+            found = [place_of(t, count, dtype).block for t in times.tolist()]
+            assert found == [min(n, count - 1) for n in range(count + 1)]
+    with pytest.raises(ValueError, match=rf"{dtype} cannot tell {most + 1} blocks apart"):
+        place_of(0.0, most + 1, dtype)
+
+
+def expected_blocks(count: int, direction: str) -> list[int]:
+    """The block of each Euler step: at the step's start, where the last block reaches to 1."""
+    return list(range(count)) if direction == "forwards" else [min(n, count - 1) for n in range(count, 0, -1)]
+
+
+@pytest.mark.parametrize("perturb", [False, True])
+@pytest.mark.parametrize("direction", ["forwards", "backwards"])
+@pytest.mark.parametrize("times", [SINGLE, DOUBLE], ids=["times 32", "times 64"])
+@pytest.mark.parametrize("states", [SINGLE, DOUBLE], ids=["state 32", "state 64"])
+def test_torchdiffeq_calls_one_block_a_step(
+    states: torch.dtype, times: torch.dtype, direction: str, perturb: bool
+) -> None:
+    for count in SELECTED:
+        blocks, seen = telling(count)
+        field, x = ResidualField(blocks), torch.zeros((), dtype=states)
+        grid, ends = field.grid(dtype=times), torch.tensor([0.0, 1.0], dtype=times)
+        if direction == "backwards":
+            grid, ends = grid.flip(0), ends.flip(0)
+        options: dict[str, Any] = {"perturb": perturb}
+        torchdiffeq.odeint(field, x, grid, method="euler", options=options)
+        torchdiffeq.odeint(field, x, ends, method="euler", options={**options, "step_size": field.step_size})
+        assert seen == 2 * expected_blocks(count, direction)
+
+
+@needs_heun
+@pytest.mark.parametrize("perturb", [False, True])
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+def test_heun_uses_each_block_and_the_next(dtype: torch.dtype, perturb: bool) -> None:
+    for count in SELECTED:
+        blocks, seen = telling(count)
+        field, x = ResidualField(blocks), torch.zeros((), dtype=dtype)
+        torchdiffeq.odeint(field, x, field.grid("heun2", dtype), method="heun2", options={"perturb": perturb})
+        assert seen == list(itertools.chain.from_iterable(itertools.pairwise(range(count))))
+
+
+@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
+@pytest.mark.parametrize("direction", ["forwards", "backwards"])
+def test_torchdyn_calls_one_block_a_step(direction: str, dtype: torch.dtype) -> None:
+    numerics = pytest.importorskip("torchdyn.numerics")
+    for count in SELECTED:
+        blocks, seen = telling(count)
+        field, x = ResidualField(blocks), torch.zeros(1, dtype=dtype)
+        grid = field.grid(dtype=dtype)
+        numerics.odeint(field, x, grid if direction == "forwards" else grid.flip(0), "euler")
+        assert seen == expected_blocks(count, direction)
+
+
+@pytest.mark.parametrize("count", [1000, LARGEST])
+def test_long_networks_in_a_solve_in_single_precision(count: int) -> None:
+    blocks, seen = telling(count)
+    field, ends = ResidualField(blocks), torch.tensor([0.0, 1.0], dtype=SINGLE)
+    options = {"step_size": field.step_size}
+    torchdiffeq.odeint(field, torch.zeros(()), ends, method="euler", options=options)
+    assert seen == list(range(count))
+
+
+@each_dtype
+def test_part_of_the_depth_uses_the_blocks_of_that_part(dtype: torch.dtype) -> None:
+    blocks, seen = telling(10)
+    field, part = ResidualField(blocks), torch.tensor([0.5, 0.75, 1.0], dtype=dtype)
+    torchdiffeq.odeint(field, torch.zeros((), dtype=dtype), field.grid(dtype=dtype)[3:8], method="euler")
+    options = {"step_size": field.step_size}
+    torchdiffeq.odeint(field, torch.zeros((), dtype=dtype), part, method="euler", options=options)
+    assert seen == [3, 4, 5, 6, 5, 6, 7, 8, 9]

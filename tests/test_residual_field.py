@@ -1,0 +1,346 @@
+"""`ResidualField` as a module and as a function of depth and state: interpolation, copies, in-place blocks, errors."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections import OrderedDict
+
+import pytest
+import torch
+import torchdiffeq
+from harness import error
+from residual_blocks import (
+    DOUBLE,
+    Dense,
+    Dropping,
+    PostActivation,
+    PreActivation,
+    hidden_states,
+    sequence_of,
+    state,
+)
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.resnet import ResidualField
+
+INTERPOLATIONS = ("outputs", "weights", "piecewise")
+each_interpolation = pytest.mark.parametrize("interpolate", INTERPOLATIONS)
+
+
+class Rate(nn.Module):
+    """The residual function ``tanh(w x)``, whose derivatives are known."""
+
+    def __init__(self, w: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor(w, dtype=DOUBLE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.w * x)
+
+
+class Evaluations(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return 1.1 * x
+
+
+def depth(value: float) -> Tensor:
+    return torch.tensor(value, dtype=DOUBLE)
+
+
+def test_the_field_at_a_block_is_n_times_its_residual() -> None:
+    blocks, x = sequence_of(Dense, 5), state(4, 3).detach()
+    field = ResidualField(blocks)
+    for n, block in enumerate(blocks):
+        torch.testing.assert_close(field(depth(n / 5), x), 5 * (block(x) - x), rtol=1e-14, atol=1e-14)
+
+
+def test_a_residual_block_is_the_field_itself() -> None:
+    blocks, x = sequence_of(Dense, 5, skip=False), state(4, 3).detach()
+    field = ResidualField(blocks, residual=True)
+    for n, block in enumerate(blocks):
+        assert torch.equal(field(depth(n / 5), x), block(x))
+
+
+@each_interpolation
+def test_the_first_block_reaches_below_zero_and_the_last_one_beyond_its_depth(interpolate: str) -> None:
+    blocks, x = sequence_of(Dense, 4, skip=False), state(4, 3).detach()
+    field = ResidualField(blocks, residual=True, interpolate=interpolate)
+    for t in (-0.3, -1e-3, 0.0):
+        assert torch.equal(field(depth(t), x), blocks[0](x))
+    for t in (0.75, 0.8, 1.0, 1.7):
+        assert torch.equal(field(depth(t), x), blocks[3](x))
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.62])
+def test_outputs_are_interpolated_linearly(t: float) -> None:
+    rates, x = [0.4, -1.1, 0.7, 2.0], state(5).detach()
+    field = ResidualField([Rate(w) for w in rates], residual=True)
+    n = int(4 * t)
+    part = 4 * t - n
+    expected = (1 - part) * torch.tanh(rates[n] * x) + part * torch.tanh(rates[n + 1] * x)
+    torch.testing.assert_close(field(depth(t), x), expected, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("t", [0.1, 0.3, 0.62])
+def test_weights_are_interpolated_linearly(t: float) -> None:
+    rates, x = [0.4, -1.1, 0.7, 2.0], state(5).detach()
+    field = ResidualField([Rate(w) for w in rates], residual=True, interpolate="weights")
+    n = int(4 * t)
+    w = rates[n] + (4 * t - n) * (rates[n + 1] - rates[n])
+    torch.testing.assert_close(field(depth(t), x), torch.tanh(w * x), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("t", [0.01, 0.24, 0.25, 0.49, 0.74])
+def test_piecewise_is_constant_up_to_the_next_block(t: float) -> None:
+    blocks, x = sequence_of(Dense, 4), state(4, 3).detach()
+    field = ResidualField(blocks, interpolate="piecewise")
+    assert torch.equal(field(depth(t), x), field(depth(int(4 * t) / 4), x))
+
+
+@each_interpolation
+def test_a_time_that_is_a_number_is_the_same_as_a_tensor(interpolate: str) -> None:
+    field, x = ResidualField(sequence_of(Dense, 4), interpolate=interpolate), state(4, 3).detach()
+    for t in (0, 0.25, 0.3, 1.0):
+        expected = field(depth(t), x)
+        assert torch.equal(field(t, x), expected)
+        assert torch.equal(field(depth(t).reshape(1), x), expected)
+        assert torch.equal(field(depth(t), x, {}), expected)
+        assert torch.equal(field(depth(t), x, args={}), expected)
+
+
+@pytest.mark.parametrize("interpolate", ["outputs", "weights"])
+def test_derivatives_between_blocks_are_those_of_the_formula(interpolate: str) -> None:
+    first, second, part = 0.4, -1.1, 0.3
+    x, t = state(5), depth((1 + part) / 4).requires_grad_()
+    blocks = [Rate(w) for w in (0.2, first, second, 0.9)]
+    value = ResidualField(blocks, residual=True, interpolate=interpolate)(t, x).sum()
+    in_t, in_x, *in_w = torch.autograd.grad(value, [t, x, *(block.w for block in blocks)], allow_unused=True)
+    y = x.detach()
+
+    def slope(w: float) -> Tensor:
+        return torch.cosh(w * y).square().reciprocal()
+
+    if interpolate == "outputs":
+        formula = [
+            4 * (torch.tanh(second * y) - torch.tanh(first * y)).sum(),
+            (1 - part) * first * slope(first) + part * second * slope(second),
+            (1 - part) * (y * slope(first)).sum(),
+            part * (y * slope(second)).sum(),
+        ]
+    else:
+        w = (1 - part) * first + part * second
+        common = (y * slope(w)).sum()
+        formula = [4 * (second - first) * common, w * slope(w), (1 - part) * common, part * common]
+    assert error([in_t, in_x, *in_w[1:3]], formula) < 1e-13
+    assert in_w[0] is in_w[3] is None
+
+
+@pytest.mark.parametrize("interpolate", ["outputs", "weights"])
+def test_a_forward_mode_derivative_in_time_is_the_same(interpolate: str) -> None:
+    field, x = ResidualField(sequence_of(Dense, 4), interpolate=interpolate), state(4, 3).detach()
+    t = depth(0.3)
+    tangent = torch.func.jvp(lambda s: field(s, x), (t,), (torch.ones_like(t),))[1]
+    difference = (field(t + 1e-6, x) - field(t - 1e-6, x)) / 2e-6
+    torch.testing.assert_close(tangent, difference, rtol=1e-7, atol=1e-8)
+
+
+def test_statistics_are_interpolated_like_weights() -> None:
+    blocks = [block.eval() for block in sequence_of(PostActivation, 3)]
+    field, x = ResidualField(blocks, interpolate="weights"), state(3, 2, 4, 3).detach()
+    mixed = copy.deepcopy(blocks[0])
+    following = blocks[1].state_dict()
+    mixed.load_state_dict(
+        {
+            name: value + 0.25 * (following[name] - value) if value.is_floating_point() else value
+            for name, value in blocks[0].state_dict().items()
+        }
+    )
+    torch.testing.assert_close(field(depth(1 / 12), x), 3 * (mixed(x) - x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("interpolate", "moved"), [("outputs", [1, 1, 0]), ("weights", [0, 0, 0]), ("piecewise", [1, 0, 0])]
+)
+def test_in_training_an_evaluation_does_to_a_block_what_its_call_does(interpolate: str, moved: list[int]) -> None:
+    blocks = sequence_of(PostActivation, 3)
+    field, x = ResidualField(blocks, interpolate=interpolate), state(3, 2, 4, 3).detach()
+    called = [
+        copy.deepcopy(block) if not times else _called(block, x) for block, times in zip(blocks, moved, strict=True)
+    ]
+    field(depth(0.1), x)
+    for block, expected in zip(blocks, called, strict=True):
+        for name, value in expected.state_dict().items():
+            assert torch.equal(block.state_dict()[name], value)
+
+
+def _called(block: nn.Module, x: Tensor) -> nn.Module:
+    clone = copy.deepcopy(block)
+    clone(x)
+    return clone
+
+
+@pytest.mark.parametrize(("interpolate", "calls"), [("outputs", 2), ("piecewise", 1)])
+def test_blocks_evaluated(interpolate: str, calls: int) -> None:
+    blocks = [Evaluations() for _ in range(4)]
+    field, x = ResidualField(blocks, interpolate=interpolate), torch.ones(2)
+    for number, (t, expected) in enumerate([(0.25, 1), (0.3, calls), (0.9, 1), (1.0, 1), (-0.1, 1)]):
+        for block in blocks:
+            block.calls = 0
+        field(t, x)
+        assert sum(block.calls for block in blocks) == expected, number
+
+
+@each_interpolation
+def test_between_two_places_of_a_tied_block_it_is_evaluated_once(interpolate: str) -> None:
+    block = sequence_of(Dense, 1)[0]
+    field, x = ResidualField([block] * 4, interpolate=interpolate), state(4, 3).detach()
+    assert torch.equal(field(depth(0.3), x), 4 * (block(x) - x))
+    assert block.calls == 2
+
+
+def test_tied_blocks_are_registered_once() -> None:
+    first, second = sequence_of(Dense, 2)
+    field = ResidualField(block for block in (first, second, first, first))
+    assert len(field) == 4
+    assert list(field) == [first, second, first, first]
+    assert len(list(field.parameters())) == 8
+    assert len(field.state_dict()) == 8
+    assert [n for n, _ in field.named_children()] == ["blocks"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@each_interpolation
+def test_copies_and_moves_are_the_same_field(interpolate: str, tied: bool) -> None:
+    blocks = sequence_of(Dense, 3)
+    x, t = state(4, 3).detach(), depth(0.2)
+    field = ResidualField([blocks[0]] * 3 if tied else blocks, interpolate=interpolate)
+    expected = field(t, x)
+    buffer = io.BytesIO()
+    torch.save(field, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(field), pickle.loads(pickle.dumps(field)), torch.load(buffer, weights_only=False)]
+    others = sequence_of(Dense, 3, seed=9)
+    fresh = ResidualField([others[0]] * 3 if tied else others, interpolate=interpolate)
+    fresh.load_state_dict(field.state_dict())
+    for other in [*copies, fresh]:
+        assert torch.equal(other(t, x), expected)
+        assert len(other) == 3
+        assert len(list(other.parameters())) == len(list(field.parameters()))
+        assert not {*map(id, other.parameters())} & {*map(id, field.parameters())}
+    single = copy.deepcopy(field).float()
+    torch.testing.assert_close(single(t.float(), x.float()), expected.float(), rtol=1e-5, atol=1e-5)
+    assert single.grid().dtype == torch.float32
+    assert torch.equal(single.double().to(DOUBLE).grid(), field.grid())
+
+
+def test_the_grid_is_on_the_blocks_device_and_in_their_dtype() -> None:
+    field = ResidualField(sequence_of(Dense, 4))
+    assert torch.equal(field.grid(), torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=DOUBLE))
+    assert torch.equal(field.grid("heun2"), torch.tensor([0.0, 0.25, 0.5, 0.75], dtype=DOUBLE))
+    assert field.grid(dtype=torch.float32).dtype == torch.float32
+    assert field.grid(device="meta").device.type == "meta"
+    assert field.to(device="meta").grid().device.type == "meta"
+    assert ResidualField([nn.Identity(), nn.Tanh()]).grid().dtype == torch.get_default_dtype()
+    assert float(field.step_size) == pytest.approx(0.25, rel=1e-15)
+
+
+def test_training_flags_are_the_blocks_own() -> None:
+    blocks = sequence_of(PostActivation, 3)
+    blocks[1].eval()
+    field = ResidualField(blocks)
+    assert [block.training for block in blocks] == [True, False, True]
+    assert field.training
+    assert not ResidualField([block.eval() for block in blocks]).training
+    field.train()
+    assert all(module.training for module in field.modules())
+
+
+@each_interpolation
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_block_that_overwrites_its_input_leaves_the_state_alone(gradients: bool, interpolate: str) -> None:
+    blocks, x = sequence_of(PreActivation, 3), state(2, 2, 4, 3)
+    field, before = ResidualField(blocks, interpolate=interpolate), x.detach().clone()
+    with torch.set_grad_enabled(gradients):
+        for t in (0.0, 0.1, 0.1, 1 / 3):
+            field(depth(t), x)
+            assert torch.equal(x, before)
+    found = torchdiffeq.odeint(field, x, field.grid(), method="euler")
+    assert error([found], [hidden_states(blocks, x)]) < 1e-14
+
+
+def test_a_block_that_overwrites_its_input_in_training_only_is_given_a_copy_then() -> None:
+    blocks = [nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Tanh()).eval() for _ in range(3)]
+    field, x = ResidualField(blocks), state(4, 3).detach()
+    before = x.clone()
+    for training in (False, True, False, True):
+        field.train(training)
+        field(depth(0.0), x)
+        assert torch.equal(x, before)
+
+
+def test_a_block_that_begins_to_overwrite_its_input_is_named() -> None:
+    blocks = [nn.Sequential(nn.ReLU(), nn.Tanh()) for _ in range(3)]
+    field, x = ResidualField(blocks), state(4, 3).detach()
+    field(depth(1 / 3), x)
+    blocks[1][0] = nn.ReLU(inplace=True)
+    with pytest.raises(RuntimeError, match=r"block 1 \(Sequential\) changed its input in place.*inplace=False"):
+        field(depth(1 / 3), x)
+
+
+def test_under_inference_mode_it_is_the_same() -> None:
+    blocks = sequence_of(PreActivation, 3)
+    field, x = ResidualField(blocks), state(2, 2, 4, 3).detach()
+    expected = hidden_states(blocks, x)
+    with torch.inference_mode():
+        found = torchdiffeq.odeint(field, x.clone(), field.grid(), method="euler")
+    assert error([found], [expected]) < 1e-14
+    assert torch.equal(torchdiffeq.odeint(field, x, field.grid(), method="euler"), found)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (4, 3), (2, 1, 3), (2, 3, 5, 4), (1, 2, 3, 4, 5)])
+def test_states_of_any_rank(shape: tuple[int, ...]) -> None:
+    blocks = [Rate(w) for w in (0.3, -0.5, 0.9)]
+    field, x = ResidualField(blocks, residual=True), state(*shape)
+    found = torchdiffeq.odeint(field, x, field.grid(), method="euler")
+    assert error([found], [hidden_states(blocks, x, residual=True)]) < 1e-14
+
+
+def test_autocast_blocks_keep_the_states_dtype() -> None:
+    blocks = [block.float() for block in sequence_of(Dense, 4)]
+    field, x = ResidualField(blocks), state(4, 3).detach().float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torchdiffeq.odeint(field, x, field.grid(), method="euler")
+        expected = hidden_states(blocks, x)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_that_hold_the_blocks_are_iterated() -> None:
+    blocks = sequence_of(Dense, 3)
+    named = OrderedDict(zip("abc", blocks, strict=True))
+    for given in (nn.Sequential(*blocks), nn.Sequential(named), nn.ModuleList(blocks), tuple(blocks), named.values()):
+        assert list(ResidualField(given)) == blocks
+    assert list(ResidualField(nn.Sequential(nn.Identity(), *blocks)[1:])) == blocks
+
+
+def test_its_representation_tells_what_it_is() -> None:
+    text = repr(ResidualField(sequence_of(Dense, 3), interpolate="weights"))
+    assert "N=3, residual=False, interpolate='weights'" in text
+
+
+@pytest.mark.parametrize("interpolate", INTERPOLATIONS)
+def test_dropout_between_blocks_draws_from_the_same_generator(interpolate: str) -> None:
+    field, x = ResidualField(sequence_of(Dropping, 3), interpolate=interpolate), state(4, 3).detach()
+    torch.manual_seed(2)
+    first = field(depth(0.1), x)
+    second = field(depth(0.1), x)
+    torch.manual_seed(2)
+    assert torch.equal(field(depth(0.1), x), first)
+    assert not torch.equal(first, second)

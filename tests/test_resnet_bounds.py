@@ -1,0 +1,264 @@
+"""The constants of Proposition 1 and the distance to the ODE, against closed forms; and the bound bounds it."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from residual_blocks import DOUBLE, FORMS, PostActivation, forms, sequence_of, state
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.resnet import ResidualField, reference
+from torchdiffeq_symplectic.resnet.bounds import Linearised, curvature, lipschitz_constant, proposition_1
+from torchdiffeq_symplectic.resnet.reference import Comparison, compare_with_solution
+
+ROUNDING = 1e-12
+
+
+class Scaled(nn.Module):
+    """``a x``, a bare residual function."""
+
+    def __init__(self, factor: float | Tensor) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.as_tensor(factor, dtype=DOUBLE))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+class Tanh(nn.Module):
+    """``tanh(W x + b)``, a bare residual function."""
+
+    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.weight.T + self.bias)
+
+
+def smooth_blocks(count: int, seed: int, width: int = 4) -> list[nn.Module]:
+    """Tanh blocks whose weights are one period of a random trigonometric function of depth."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = torch.randn(3, width, width + 1, generator=generator, dtype=DOUBLE)
+    angles = [2 * math.pi * n / count for n in range(count)]
+    values = [draws[0] + draws[1] * math.sin(angle) + draws[2] * math.cos(angle) for angle in angles]
+    return [Tanh(value[:, :width].clone(), value[:, width].clone()) for value in values]
+
+
+def rough_blocks(count: int, seed: int) -> list[nn.Module]:
+    """``√N ξ_n ⊙ x`` with independent standard normal ``ξ_n``: not smooth in depth."""
+    generator = torch.Generator().manual_seed(seed)
+    return [Scaled(math.sqrt(count) * torch.randn(3, generator=generator, dtype=DOUBLE)) for _ in range(count)]
+
+
+def compare(field: ResidualField, x: Tensor, accuracy: float = 1e-3) -> Comparison:
+    return compare_with_solution(field.requires_grad_(False), x.detach(), accuracy, lambda: None)
+
+
+def bound_of(found: Comparison) -> list[float]:
+    return proposition_1(found.lipschitz, found.curvatures)
+
+
+def assert_bounded(found: Comparison) -> None:
+    assert found.trouble is None
+    assert found.distance[-1] > 0
+    for distance, bound in zip(found.distance, bound_of(found), strict=True):
+        assert distance <= bound * (1 + ROUNDING)
+
+
+def linearised(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Linearised, Tensor]:
+    """With the Jacobian as a matrix."""
+    jacobian = torch.autograd.functional.jacobian(function, x.detach())
+    return Linearised(function, x), jacobian.reshape(x.numel(), x.numel())
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (6, 4), (2, 3, 4)], ids=str)
+def test_products_are_those_with_the_jacobian(shape: tuple[int, ...]) -> None:
+    at, jacobian = linearised(lambda x: torch.sin(x) * x.roll(1, -1) + x.square().mean(), state(*shape))
+    v = state(*shape, seed=3).detach()
+    torch.testing.assert_close(at.jvp(v).flatten(), jacobian @ v.flatten(), rtol=ROUNDING, atol=ROUNDING)
+    torch.testing.assert_close(at.vjp(v).flatten(), jacobian.T @ v.flatten(), rtol=ROUNDING, atol=ROUNDING)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shape", [(1,), (2,), (60,), (8, 20)], ids=str)
+def test_lipschitz_constant_is_the_largest_singular_value(shape: tuple[int, ...], seed: int) -> None:
+    weight = state(shape[-1], shape[-1], seed=seed).detach()
+    at, jacobian = linearised(lambda x: torch.tanh(x @ weight) @ weight.T, state(*shape, seed=seed + 9))
+    largest = float(torch.linalg.svdvals(jacobian)[0])
+    assert lipschitz_constant(at, generator()) == pytest.approx(largest, rel=1e-3)
+
+
+@pytest.mark.parametrize("gap", [1.0, 0.999, 0.5], ids=str)
+def test_lipschitz_constant_where_singular_values_are_close(gap: float) -> None:
+    values = torch.linspace(gap, 0, 200, dtype=DOUBLE)
+    values[0] = 1
+    at = Linearised(lambda x: values * x, torch.ones(200, dtype=DOUBLE))
+    assert lipschitz_constant(at, generator()) == pytest.approx(1, rel=1e-2)
+
+
+def test_lipschitz_constant_of_a_constant_is_zero() -> None:
+    for function in (torch.zeros_like, lambda x: nn.Parameter(torch.ones_like(x)) * 2):
+        assert lipschitz_constant(Linearised(function, state(3)), generator()) == 0
+
+
+def test_attention_can_be_linearised() -> None:
+    layer = sequence_of(nn.TransformerEncoderLayer, 1, d_model=4, nhead=2, dim_feedforward=5, dtype=DOUBLE)[0].eval()
+    at, jacobian = linearised(layer, state(2, 3, 4))
+    assert lipschitz_constant(at, generator()) == pytest.approx(float(torch.linalg.svdvals(jacobian)[0]), rel=1e-3)
+
+
+@pytest.mark.parametrize("s", [0.1, 0.6])
+def test_curvature_is_the_second_derivative_of_a_solution(s: float) -> None:
+    # x' = (1 + 2 s) x, so x'' = (2 + (1 + 2 s)²) x
+    x = state(4).detach()
+    expected = (2 + (1 + 2 * s) ** 2) * float(x.norm())
+    assert curvature(lambda t, y: (1 + 2 * t) * y, s, x, 0.05) == pytest.approx(expected, rel=ROUNDING)
+
+
+@pytest.mark.parametrize("constant", [1e-3, 0.7, 30.0])
+def test_bound_is_below_the_exponential_and_tends_to_it(constant: float) -> None:
+    for count in (2, 50, 2000):
+        found = proposition_1([constant] * count, [5.0] * count)
+        papers = [5 * math.expm1(constant * n / count) / (2 * count * constant) for n in range(count + 1)]
+        assert all(a <= b * (1 + ROUNDING) for a, b in zip(found, papers, strict=True))
+    assert found[-1] == pytest.approx(papers[-1], rel=max(constant, constant**2) / count)
+
+
+def test_bound_without_a_lipschitz_constant_is_its_limit() -> None:
+    assert proposition_1([0.0] * 4, [3.0] * 4) == pytest.approx([3 * n / 4 / (2 * 4) for n in range(5)])
+    assert proposition_1([1e-12] * 4, [3.0] * 4) == pytest.approx(proposition_1([0.0] * 4, [3.0] * 4))
+
+
+def test_bound_uses_the_largest_constants_so_far() -> None:
+    found = proposition_1([1.0, 3.0, 2.0], [5.0, 4.0, 6.0])
+    alone = [proposition_1([L] * 3, [C] * 3)[n] for n, L, C in ((1, 1.0, 5.0), (2, 3.0, 5.0), (3, 3.0, 6.0))]
+    assert found[1:] == pytest.approx(alone)
+
+
+def test_bound_beyond_a_float_is_infinite() -> None:
+    assert proposition_1([1e5] * 400, [1.0] * 400)[-1] == math.inf
+
+
+@pytest.mark.parametrize("count", [2, 3, 10, 100])
+@pytest.mark.parametrize("factor", [1e-2, 0.3, 1.0])
+def test_scalar_linear_field_is_bounded_within_a_factor_of_two(factor: float, count: int) -> None:
+    found = compare(ResidualField([Scaled(factor)] * count, residual=True), torch.tensor([[2.0]], dtype=DOUBLE))
+    exact = [2 * (math.exp(factor * n / count) - (1 + factor / count) ** n) for n in range(count + 1)]
+    assert found.distance == pytest.approx(exact, rel=1e-4, abs=1e-14)
+    assert found.lipschitz == pytest.approx([factor] * count)
+    curvatures = [2 * factor**2 * math.exp(factor * (n + 1) / count) for n in range(count)]
+    assert found.curvatures == pytest.approx(curvatures, rel=0.04 * factor)
+    assert_bounded(found)
+    for distance, bound in itertools.islice(zip(found.distance, bound_of(found), strict=True), 1, None):
+        assert bound <= 2 * distance
+
+
+def exponents(factors: list[float], interpolate: str) -> list[float]:
+    """``∫ a`` from 0 to n/N: by the trapezium rule where ``a`` is linear between blocks. It ends constant."""
+    following = factors if interpolate == "piecewise" else [*factors[1:], factors[-1]]
+    means = [(a + b) / 2 / len(factors) for a, b in zip(factors, following, strict=True)]
+    return [0.0, *itertools.accumulate(means)]
+
+
+@pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
+@pytest.mark.parametrize("count", [2, 5, 32])
+def test_distance_to_the_solution_of_a_scalar_field(count: int, interpolate: str) -> None:
+    factors = torch.linspace(-1.5, 2, count, dtype=DOUBLE).sin().tolist()
+    field = ResidualField([Scaled(a) for a in factors], residual=True, interpolate=interpolate)
+    found = compare(field, torch.tensor([0.5], dtype=DOUBLE))
+    network = [0.5, *itertools.accumulate((1 + a / count for a in factors), lambda x, y: x * y, initial=0.5)][1:]
+    solution = [0.5 * math.exp(exponent) for exponent in exponents(factors, interpolate)]
+    exact = [abs(a - b) for a, b in zip(network, solution, strict=True)]
+    assert found.distance == pytest.approx(exact, rel=2e-3, abs=1e-12)
+    assert_bounded(found)
+
+
+def test_distance_to_a_solution_by_many_small_steps() -> None:
+    blocks, x = smooth_blocks(6, seed=0), state(3, 4).detach()
+    found = compare(ResidualField(blocks, residual=True), x, accuracy=1e-6)
+
+    def field(s: float, y: Tensor) -> Tensor:
+        n = min(int(s), 5)
+        value: Tensor = torch.lerp(blocks[n](y), blocks[min(n + 1, 5)](y), s - n)
+        return value / 6
+
+    network = solution = x
+    with torch.no_grad():
+        for n, block in enumerate(blocks):
+            network = network + block(network) / 6
+            for i in range(50):
+                s, h = n + i / 50, 1 / 50
+                k1 = field(s, solution)
+                k2 = field(s + h / 2, solution + h / 2 * k1)
+                k3 = field(s + h / 2, solution + h / 2 * k2)
+                k4 = field(s + h * (1 - 1e-12), solution + h * k3)
+                solution = solution + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+            assert found.distance[n + 1] == pytest.approx(float((network - solution).norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("count", [2, 5, 17])
+def test_bound_holds_for_smooth_networks(count: int, seed: int) -> None:
+    assert_bounded(compare(ResidualField(smooth_blocks(count, seed), residual=True), state(3, 4)))
+
+
+@pytest.mark.parametrize("interpolate", ["outputs", "piecewise"])
+@pytest.mark.parametrize("count", [4, 16])
+def test_bound_holds_for_rough_networks(count: int, interpolate: str) -> None:
+    field = ResidualField(rough_blocks(count, seed=count), residual=True, interpolate=interpolate)
+    assert_bounded(compare(field, state(3, 3)))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bound_holds_for_every_form_of_network(name: str) -> None:
+    blocks, keywords, shape = forms()[name]
+    assert_bounded(compare(ResidualField(blocks, **keywords), state(*shape)))
+
+
+@pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
+@pytest.mark.parametrize("seed", range(3))
+def test_bound_holds_for_post_activation_blocks(seed: int, interpolate: str) -> None:
+    blocks = sequence_of(PostActivation, 5, seed=seed)
+    assert_bounded(compare(ResidualField(blocks, interpolate=interpolate), state(2, 2, 5, 5, seed=seed).relu()))
+
+
+def test_bound_holds_whatever_the_sampled_constants_miss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "lipschitz_constant", lambda *arguments: 0.0)
+    monkeypatch.setattr(reference, "curvature", lambda *arguments: 0.0)
+    assert_bounded(compare(ResidualField(smooth_blocks(9, seed=2), residual=True), state(3, 4)))
+
+
+def test_bound_falls_with_the_depth() -> None:
+    bounds = [bound_of(compare(ResidualField(smooth_blocks(n, 1), residual=True), state(3, 4)))[-1] for n in (32, 128)]
+    assert 2 < bounds[0] / bounds[1] < 4.5
+
+
+def test_what_the_solver_cannot_follow_is_said() -> None:
+    class Bursting(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return 8 * x.square()
+
+    found = compare(ResidualField([Bursting()] * 4, residual=True), torch.ones(2, dtype=DOUBLE))
+    assert found.trouble is not None
+    assert "between blocks 0 and 1" in found.trouble
+    assert found.distance == [0.0, *[math.inf] * 4]
+    assert bound_of(found)[-1] == math.inf
+
+
+def test_states_that_are_not_numbers_are_infinitely_far() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * math.nan
+
+    found = compare(ResidualField([Scaled(1.0), Broken(), Broken()], residual=True), torch.ones(2, dtype=DOUBLE))
+    assert found.distance[-1] == math.inf
+    assert bound_of(found)[-1] == math.inf

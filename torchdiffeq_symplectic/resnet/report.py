@@ -1,0 +1,299 @@
+"""The report on one network and one batch: is it a discretised ODE, and what may be relied on if it is?"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+from torchdiffeq_symplectic.resnet import table
+from torchdiffeq_symplectic.resnet.bounds import proposition_1
+from torchdiffeq_symplectic.resnet.field import ResidualField
+from torchdiffeq_symplectic.resnet.gradients import (
+    Agreement,
+    Loss,
+    agreement,
+    network_gradient,
+    network_states,
+    solve_gradient,
+)
+from torchdiffeq_symplectic.resnet.progress import Progress, showing
+from torchdiffeq_symplectic.resnet.reference import compare_with_solution
+from torchdiffeq_symplectic.resnet.verdict import Evidence, judge
+from torchdiffeq_symplectic.resnet.weights import weights_over_depth
+from torchdiffeq_symplectic.surroundings import RandomState
+
+__all__ = ["EquivalenceReport", "equivalence_report"]
+
+METHODS = ("euler", "heun2")
+
+
+@dataclasses.dataclass(frozen=True)
+class EquivalenceReport:
+    """What `equivalence_report` found. Norms are Euclidean, over the whole batch as one vector.
+
+    Attributes:
+        blocks: their number ``N``.
+        interpolate: how the ODE's field lies between two blocks.
+        forward_error: the host's Euler states against the network's: the largest ``‖x^host_n - x_n‖ / ‖x_n‖``.
+        gradient_error: the gradient of the host's Euler solve, ``adjoint_method="symplectic"``, against backpropagation
+            through the network, relative, with respect to x and all parameters.
+        distance: ``‖x_n - x(n/N)‖``, ``N + 1`` numbers.
+        bound: of it, by Proposition 1, ``N + 1`` numbers.
+        relative_distance: ``distance[N] / ‖x_N - x_0‖``: the part of the network's way that its ODE does not explain.
+        lipschitz: the constant ``L`` of the bound.
+        curvature: the constant ``C`` of the bound.
+        jump: how much residual functions change from a block to the next, relative to their size.
+        growth: how much more they change over two blocks, see `verdict.Evidence` for both.
+        smoothness: ``N max_n ‖θ_{n+1} - θ_n‖``; None where the blocks are of different architectures.
+        smoothness_by_layer: the same for each parameter of a block, by name.
+        smoothness_reason: why there is none, or None.
+        memory_free_error: by method, ``"euler"`` and ``"heun2"``, the gradient of ``adjoint_method="memory_free"``
+            against the exact one of the same solve.
+        verdict: "discretises an ODE", "smooth weights, too shallow" or "not an ODE".
+        reasons: of the verdict, with their figures.
+        weights: of the parameters that change most, by name, the entry that varies most, over depth.
+    """
+
+    blocks: int
+    interpolate: str
+    forward_error: float
+    gradient_error: float
+    distance: list[float]
+    bound: list[float]
+    relative_distance: float
+    lipschitz: float
+    curvature: float
+    jump: float | None
+    growth: float | None
+    smoothness: float | None
+    smoothness_by_layer: dict[str, float]
+    smoothness_reason: str | None
+    memory_free_error: dict[str, Agreement]
+    verdict: str
+    reasons: list[str]
+    weights: dict[str, list[float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, by the attributes' names, as JSON takes it; a number that is not finite is None."""
+        result: dict[str, Any] = _for_json(dataclasses.asdict(self))
+        return result
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The figures as names and texts, in the order in which they are to be read."""
+        rows = [
+            ("blocks", str(self.blocks)),
+            ("forward error", f"{self.forward_error:.1e}"),
+            ("gradient error", f"{self.gradient_error:.1e}"),
+            ("distance to the ODE, at the end", f"{self.distance[-1]:.3g}"),
+            ("  relative to the network's way", f"{self.relative_distance:.2g}"),
+            ("bound by Proposition 1, at the end", f"{self.bound[-1]:.3g}"),
+            ("  L, C", f"{self.lipschitz:.3g}, {self.curvature:.3g}"),
+            ("change of f over a block, relative", _figure(self.jump)),
+            ("  over two blocks, times that", _figure(self.growth)),
+            ("smoothness N max ‖θ_n+1 - θ_n‖", _figure(self.smoothness)),
+            *((f"  {name}", _figure(value)) for name, value in self.smoothness_by_layer.items()),
+        ]
+        for method, found in self.memory_free_error.items():
+            cosine = "none" if found.cosine is None else f"{found.cosine:.6f}"
+            rows.append((f"memory_free gradient error, {method}", f"{found.relative:.1e}, cosine {cosine}"))
+        return rows
+
+    def __str__(self) -> str:
+        """A table, the verdict and its reasons; aligned columns where rich is not installed."""
+        figures = table.render(self.rows(), "A residual network and its ODE")
+        reasons = "".join(f"\n- {reason}" for reason in self.reasons)
+        return f"{figures}\nVerdict: {self.verdict}{reasons}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} of {self.blocks} blocks: {self.verdict}>"
+
+    def plot(self, path: str | Path) -> None:
+        """Write a picture: distance and bound, weights, and the memory-free gradient's errors over depth.
+
+        Args:
+            path: of the file, whose ending says its format. Needs matplotlib.
+        """
+        from torchdiffeq_symplectic.resnet import plotting
+
+        plotting.draw(self, path)
+
+
+def equivalence_report(
+    blocks: Iterable[nn.Module] | ResidualField,
+    x: Tensor,
+    *,
+    residual: bool = False,
+    interpolate: str = "outputs",
+    loss: Loss | None = None,
+    dtype: torch.dtype | None = None,
+    accuracy: float = 1e-3,
+    progress: bool | None = None,
+) -> EquivalenceReport:
+    """Measure whether the residual network of ``blocks`` is the Euler scheme of an ODE, on the batch ``x``.
+
+    The blocks are evaluated in the mode that they are in, as copies: modes, buffers, gradients and the random state
+    stay as they are. In training mode a batch norm uses the batch's statistics, and so the ODE is one of the whole
+    batch. Host and network are compared, and the ODE is solved, in float64 where the device has it: in float32, ReLUs
+    near zero that rounding switches would show. The memory-free gradients are those in the dtype of ``x``.
+
+    Memory: a copy of the parameters, ``N + 1`` states a few times, three gradients, the graph of two blocks. Cost:
+    about 30 evaluations of each block for the gradients, and some hundred for the ODE and its constants.
+
+    Args:
+        blocks: at least 2 modules that keep the shape, or a `ResidualField`.
+        x: what the first block gets, shape ``(batch, ...)``, float32 or float64, on the blocks' device.
+        residual: whether a block is the residual function itself; not with a field, which has its own.
+        interpolate: ``"outputs"``, ``"weights"`` or ``"piecewise"``, see `ResidualField`; not with a field.
+        loss: a scalar function of the last state whose gradient is compared; the default is a sum with random weights,
+            the same at each call.
+        dtype: of all but the memory-free gradients; the default is float64, on "mps" float32.
+        accuracy: of the distance, relative: the solver's tolerance is this part of the error of an Euler step.
+        progress: whether to show it, on the standard error; the default is where that is a terminal and rich installed.
+
+    Raises:
+        ValueError: if a block changes the shape or draws random numbers, or an argument does not fit the others.
+    """
+    x = _checked_batch(x)
+    original = _field(blocks, residual, interpolate)
+    _check_device(original, x)
+    if not 0 < accuracy < 1:
+        raise ValueError(f"accuracy must be between 0 and 1, but is {accuracy!r}")
+    if dtype is None:
+        dtype = torch.float32 if x.device.type == "mps" else torch.float64
+    random = RandomState(x.device)
+    before = random.get()
+    try:
+        with torch.inference_mode(False), showing(progress) as shown:
+            own = copy.deepcopy(original)
+            return _measure(own, x.clone(), _loss(loss, x), dtype, accuracy, shown)
+    finally:
+        random.set(before)
+
+
+def _measure(
+    field: ResidualField, x: Tensor, loss: Loss, dtype: torch.dtype, accuracy: float, progress: Progress
+) -> EquivalenceReport:
+    _require_no_randomness(field, x)
+    with progress.stage("memory-free gradients", 2 * len(METHODS)) as advance:
+        memory_free = _compare_memory_free(field, x, loss, advance)
+    weights = weights_over_depth(field)
+    field, x = field.to(dtype), x.to(dtype)
+    with progress.stage("backpropagation", len(field)) as advance:
+        forward_error, gradient_error = _compare_network(field, x, loss, advance)
+    with progress.stage("the ODE", len(field)) as advance:
+        found = compare_with_solution(field.requires_grad_(False), x, accuracy, advance)
+    evidence = Evidence.of(found)
+    verdict, reasons = judge(evidence, weights, memory_free)
+    return EquivalenceReport(
+        blocks=len(field),
+        interpolate=field.interpolate,
+        forward_error=forward_error,
+        gradient_error=gradient_error,
+        distance=found.distance,
+        bound=proposition_1(found.lipschitz, found.curvatures),
+        relative_distance=evidence.relative_distance,
+        lipschitz=max(found.lipschitz),
+        curvature=max(found.curvatures),
+        jump=evidence.jump,
+        growth=evidence.growth,
+        smoothness=weights.smoothness,
+        smoothness_by_layer=weights.by_layer,
+        smoothness_reason=weights.reason,
+        memory_free_error=memory_free,
+        verdict=verdict,
+        reasons=reasons,
+        weights=weights.followed,
+    )
+
+
+@torch.no_grad()
+def _require_no_randomness(field: ResidualField, x: Tensor) -> None:
+    random = RandomState(x.device)
+    before = random.get()
+    times = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
+    torchdiffeq.odeint(field, x, times, method="euler", options={"step_size": field.step_size})
+    if not torch.equal(random.get(), before):
+        raise ValueError(
+            "blocks draw random numbers (dropout in training mode, say), so they are no functions of x, and there is "
+            "no ODE to compare with. Put them in evaluation mode with .eval()."
+        )
+
+
+def _compare_memory_free(
+    field: ResidualField, x: Tensor, loss: Loss, advance: Callable[[], object]
+) -> dict[str, Agreement]:
+    found = {}
+    for method in METHODS:
+        exact = solve_gradient(field, x, loss, method, "symplectic")
+        advance()
+        approximate = solve_gradient(field, x, loss, method, "memory_free", replay_check="ignore")
+        advance()
+        found[method] = agreement(field, approximate, exact)
+    return found
+
+
+def _compare_network(field: ResidualField, x: Tensor, loss: Loss, advance: Callable[[], object]) -> tuple[float, float]:
+    """The forward error and the gradient error."""
+    states = network_states(field, x)
+    with torch.no_grad():
+        hosts = torchdiffeq.odeint(field, x, field.grid(dtype=torch.float64, device="cpu").to(x), method="euler")
+    norm = torch.linalg.vector_norm
+    errors = [float(norm(a - b)) / (float(norm(b)) or 1.0) for a, b in zip(hosts, states, strict=True)]
+    del hosts
+    exact = network_gradient(field, states, loss, advance)
+    of_host = solve_gradient(field, x, loss, "euler", "symplectic")
+    return max(error if math.isfinite(error) else math.inf for error in errors), agreement(
+        field, of_host, exact
+    ).relative
+
+
+def _checked_batch(x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, but is a {type(x).__name__}")
+    if x.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"x must be of dtype float32 or float64, but is of {x.dtype}; convert it and the blocks")
+    if x.numel() == 0:
+        raise ValueError(f"x must have entries, but is of shape {tuple(x.shape)}")
+    return x.detach()
+
+
+def _field(blocks: Iterable[nn.Module] | ResidualField, residual: bool, interpolate: str) -> ResidualField:
+    if not isinstance(blocks, ResidualField):
+        return ResidualField(blocks, residual=residual, interpolate=interpolate)
+    if residual or interpolate != "outputs":
+        raise ValueError("residual and interpolate are for blocks; a ResidualField has its own. Leave them out.")
+    return blocks
+
+
+def _check_device(field: ResidualField, x: Tensor) -> None:
+    for name, value in (*field.named_parameters(), *field.named_buffers()):
+        if value.device != x.device:
+            raise ValueError(f"x is on {x.device}, but {name} is on {value.device}; move one of them with .to()")
+
+
+def _loss(given: Loss | None, x: Tensor) -> Loss:
+    """``given``, on states of the dtype of ``x``; or a sum with random weights."""
+    if given is not None:
+        return lambda state: given(state.to(x.dtype))
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return lambda state: (weights.to(state.dtype).to(state.device) * state).sum()
+
+
+def _figure(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3g}"
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _for_json(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_for_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
