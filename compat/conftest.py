@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 import torchdiffeq_symplectic
+
+# pytest loads this file first in a run of all tests. One worker a core: more threads would wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses
 
 MODES: dict[str, dict[str, Any]] = {
     "symplectic": {"adjoint_method": "symplectic"},
