@@ -10,13 +10,13 @@ import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from outcomes import differences
+from torch import nn
 
 pytest.importorskip("torchdyn")
 
@@ -48,23 +48,6 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     subprocess.run([sys.executable, str(SCRIPT), str(path)], check=True, env=environment)
     outcomes: dict[str, Any] = torch.load(path, weights_only=False)
     return outcomes
-
-
-def differences(found: Any, expected: Any, where: str = "") -> list[str]:
-    """Where two outcomes differ, to the bit."""
-    if isinstance(expected, Tensor):
-        same = isinstance(found, Tensor) and found.dtype == expected.dtype
-        return [] if same and torch.equal(found.nan_to_num(7.5), expected.nan_to_num(7.5)) else [where]
-    if isinstance(expected, Mapping):
-        if found.keys() != expected.keys():
-            return [f"{where}: {sorted(found)} for {sorted(expected)}"]
-        return [line for key in expected for line in differences(found[key], expected[key], f"{where}/{key}")]
-    if isinstance(expected, Sequence) and not isinstance(expected, str):
-        if len(found) != len(expected):
-            return [f"{where}: {len(found)} entries for {len(expected)}"]
-        pairs = enumerate(zip(found, expected, strict=True))
-        return [line for i, (one, other) in pairs for line in differences(one, other, f"{where}/{i}")]
-    return [] if found == expected else [f"{where}: {found!r} for {expected!r}"]
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -19,6 +19,7 @@ from residual_blocks import (
     forms,
     heun_states,
     hidden_states,
+    needs_heun,
     sequence_of,
     state,
 )
@@ -145,6 +146,7 @@ def test_memory_free_error_is_that_of_stepping_back() -> None:
         assert error == pytest.approx(relative(approximate[own], exact[own]), rel=1e-8)
 
 
+@needs_heun
 def test_memory_free_heun_is_compared_with_the_heun_network() -> None:
     blocks, x = sequence_of(Dense, 6), state(4, 3)
     exact = torch.autograd.grad(heun_states(blocks, x)[-1].sin().sum(), (x, *parameters_of(blocks)))
@@ -159,6 +161,7 @@ def test_memory_free_error_of_tied_blocks_is_not_one_by_block() -> None:
     assert [found.by_block for found in report.memory_free_error.values()] == [[], []]
 
 
+@needs_heun
 def test_memory_free_error_is_in_the_dtype_of_the_batch() -> None:
     (block,) = sequence_of(Dense, 1, scale=0.01)
     precise = equivalence_report([block] * 20, state(2, 3)).memory_free_error["heun2"].relative

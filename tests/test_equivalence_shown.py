@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from residual_blocks import DOUBLE, Dense, forms, sequence_of, state
+from residual_blocks import DOUBLE, Dense, forms, needs_heun, sequence_of, state
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.resnet import EquivalenceReport, equivalence_report
@@ -29,6 +29,7 @@ def dense_report(count: int = 5, **keywords: Any) -> EquivalenceReport:
     return equivalence_report(sequence_of(Dense, count), state(4, 3), **keywords)
 
 
+@needs_heun
 def test_dictionary_has_the_names_and_is_json() -> None:
     found = dense_report().to_dict()
     assert set(NEEDED) <= set(found)

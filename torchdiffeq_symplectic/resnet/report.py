@@ -13,6 +13,8 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from torchdiffeq_symplectic.hosts.torchdiffeq import methods
+from torchdiffeq_symplectic.modes import MODES
 from torchdiffeq_symplectic.resnet import table
 from torchdiffeq_symplectic.resnet.bounds import proposition_1
 from torchdiffeq_symplectic.resnet.field import ResidualField
@@ -32,7 +34,11 @@ from torchdiffeq_symplectic.surroundings import RandomState
 
 __all__ = ["EquivalenceReport", "equivalence_report"]
 
-METHODS = ("euler", "heun2")
+
+def _methods() -> list[str]:
+    """Those of `MemoryFree` that this torchdiffeq has: heun2 came with 0.2.5."""
+    known = {method.name for method in methods()}
+    return [method for method in MODES["memory_free"].methods if method in known]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +61,8 @@ class EquivalenceReport:
         smoothness: ``N max_n ‖θ_{n+1} - θ_n‖``; None where the blocks are of different architectures.
         smoothness_by_layer: the same for each parameter of a block, by name.
         smoothness_reason: why there is none, or None.
-        memory_free_error: by method, ``"euler"`` and ``"heun2"``, the gradient of ``adjoint_method="memory_free"``
-            against the exact one of the same solve.
+        memory_free_error: by method, ``"euler"`` and ``"heun2"`` where torchdiffeq has it, the gradient of
+            ``adjoint_method="memory_free"`` against the exact one of the same solve.
         verdict: "discretises an ODE", "smooth weights, too shallow" or "not an ODE".
         reasons: of the verdict, with their figures.
         weights: of the parameters that change most, by name, the entry that varies most, over depth.
@@ -182,7 +188,7 @@ def _measure(
     field: ResidualField, x: Tensor, loss: Loss, dtype: torch.dtype, accuracy: float, progress: Progress
 ) -> EquivalenceReport:
     _require_no_randomness(field, x)
-    with progress.stage("memory-free gradients", 2 * len(METHODS)) as advance:
+    with progress.stage("memory-free gradients", 2 * len(_methods())) as advance:
         memory_free = _compare_memory_free(field, x, loss, advance)
     weights = weights_over_depth(field)
     field, x = field.to(dtype), x.to(dtype)
@@ -231,7 +237,7 @@ def _compare_memory_free(
     field: ResidualField, x: Tensor, loss: Loss, advance: Callable[[], object]
 ) -> dict[str, Agreement]:
     found = {}
-    for method in METHODS:
+    for method in _methods():
         exact = solve_gradient(field, x, loss, method, "symplectic")
         advance()
         approximate = solve_gradient(field, x, loss, method, "memory_free", replay_check="ignore")

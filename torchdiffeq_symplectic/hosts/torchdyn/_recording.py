@@ -1,4 +1,4 @@
-"""torchdyn's own solve, listened to: the field, the solver and the interpolator are replaced by ones that write down.
+"""torchdyn's own solve, written down: field, solver and interpolator are replaced by ones that tell the recorder.
 
 torchdyn's loops call ``solver.step`` and decide by what comes back. They run here with the times' graph and without
 that of the states: each ``t`` and ``dt`` that a step is called with is then a differentiable function of ``t_span``, as
@@ -17,108 +17,15 @@ from torch import Tensor
 
 from torchdiffeq_symplectic.gradient import Times
 from torchdiffeq_symplectic.graph import reachable
-from torchdiffeq_symplectic.hosts.listening import Evaluations
 from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
+from torchdiffeq_symplectic.hosts.torchdyn._listening import Listener
 from torchdiffeq_symplectic.hosts.torchdyn._measuring import Clock, Measured
-from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
+from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached
 from torchdiffeq_symplectic.modes import Mode
-from torchdiffeq_symplectic.surroundings import RandomState
 from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError, Whole
 from torchdiffeq_symplectic.trajectory import Keep, Recording
 
-__all__ = ["Listener", "Recorder", "RecordingInterpolator", "RecordingSolver"]
-
-Cost = Callable[[Tensor, Any], Tensor]
-
-
-class Listener(Evaluations):
-    """The field, as torchdyn's solver calls it; once `listening` is over, nothing but the field.
-
-    Args:
-        func: ``func(t, x)``.
-        cost: the running cost ``cost(t, x)``, any shape, or None.
-        layout: of the states.
-        captured: is told what the first evaluation uses.
-        random: the generators that the field may draw from.
-        slopes: whether to collect the slopes.
-        graph: whether the field is to find gradients enabled at all times, as under "autograd": one that differentiates
-            something need not enable them itself.
-
-    Attributes:
-        listening: whether anything is to be heard.
-        transparent: whether slopes keep their graph.
-        times: of the evaluations of this step, as the field saw them; costs: the running cost there, 0-d.
-    """
-
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        cost: Cost | None,
-        layout: Layout,
-        captured: Captured,
-        random: RandomState,
-        slopes: bool,
-        graph: bool,
-    ) -> None:
-        super().__init__(random, slopes)
-        self._graph = graph
-        self._func, self._cost, self._layout, self._captured = func, cost, layout, captured
-        self._looked = False
-        self.listening = True
-        self.transparent = False
-        self.times: list[Tensor] = []
-        self.costs: list[Tensor] = []
-
-    def start_step(self) -> None:
-        """Forget the evaluations so far."""
-        super().start_step()
-        self.times.clear()
-        self.costs.clear()
-
-    def __call__(self, t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self.listening:
-            return self._again(t, x, *args, **kwargs)
-        self.before()
-        if self.transparent:
-            self._looked = True
-            return self._func(t, x, *args, **kwargs)
-        # Aliases: a field may mark what it is given as requiring gradients.
-        t, x = t.detach(), detached(x)
-        self.times.append(t)
-        with torch.set_grad_enabled(self._graph or not self._looked):
-            if self._graph or not self._looked:
-                # A field that takes the state apart and marks the parts must not make them leaves.
-                for part in tensors_in(x):
-                    part.requires_grad_(part.is_floating_point() or part.is_complex())
-            slope = self._func(t, x, *args, **kwargs)
-            cost = None if self._cost is None else self._cost(t, x).sum()
-        if not self._looked:
-            self._looked = not self._captured.watches
-            self._captured.look([*tensors_in(slope), *tensors_in(cost)], [t, *tensors_in(x)])
-        slope = detached(slope)
-        if cost is not None:
-            self.costs.append(cost.detach())
-        if self._wants_slopes:
-            self.after(self._layout.pack(slope, detached(cost)))
-        return slope
-
-    def _again(self, t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
-        if not self._graph or torch.is_grad_enabled():
-            return self._func(t, x, *args, **kwargs)
-        x = detached(x)
-        with torch.enable_grad():
-            for part in tensors_in(x):
-                part.requires_grad_(part.is_floating_point() or part.is_complex())
-            return detached(self._func(t.detach(), x, *args, **kwargs))
-
-    def conclude(self) -> None:
-        """Hear no more, and keep nothing of what was heard: a replay calls the field through this."""
-        self.listening = False
-        self.start_step()
-
-    def without_slopes(self) -> None:
-        """Do not collect slopes, as the steps have none to be kept."""
-        self._wants_slopes = False
+__all__ = ["Recorder"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -425,46 +332,3 @@ def _advance(solver: Any, field: Any, layout: Layout, args: Any, t: Tensor, h: T
 def _stacked(times: Sequence[Tensor]) -> Tensor:
     widest = functools.reduce(torch.promote_types, {time.dtype for time in times})
     return torch.stack([time.to(widest) for time in times])
-
-
-class _Stand:
-    """In the place of one of the user's objects, of which it shows every attribute."""
-
-    def __init__(self, original: Any, recorder: Recorder) -> None:
-        self._original, self._recorder = original, recorder
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # torchdyn asks isinstance(solver, Tsitouras45)
-        return type(self._original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-class RecordingSolver(_Stand):
-    """In the place of a solver."""
-
-    def sync_device_dtype(self, x: Any, t_span: Any) -> Any:
-        """As the solver does; then its coefficients are as the solve will use them."""
-        x, t_span = self._original.sync_device_dtype(x, t_span)
-        self._recorder.measure(x, t_span)
-        return x, t_span
-
-    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> Any:
-        """As the solver does."""
-        return self._recorder.step(f, x, t, dt, k1, args)
-
-
-class RecordingInterpolator(_Stand):
-    """In the place of an interpolator."""
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As the interpolator does."""
-        with torch.no_grad():
-            return self._original.fit(*args, **kwargs)
-
-    def evaluate(self, coefs: Any, t0: Tensor, t1: Tensor, t: Tensor) -> Any:
-        """As the interpolator does."""
-        self._recorder.inside((t - t0) / (t1 - t0))
-        with torch.no_grad():
-            return self._original.evaluate(coefs, t0, t1, t)

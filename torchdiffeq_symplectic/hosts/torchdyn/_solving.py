@@ -13,7 +13,9 @@ from torchdiffeq_symplectic.closures import held_by, modules_of, tensors_of
 from torchdiffeq_symplectic.gradient import Solve, attach
 from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
 from torchdiffeq_symplectic.hosts.torchdyn._host import DEFuncBase, Tsitouras45, odeint, str_to_interp
-from torchdiffeq_symplectic.hosts.torchdyn._recording import Listener, Recorder, RecordingInterpolator, RecordingSolver
+from torchdiffeq_symplectic.hosts.torchdyn._listening import Listener
+from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder
+from torchdiffeq_symplectic.hosts.torchdyn._stands import RecordingInterpolator, RecordingSolver
 from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
 from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.surroundings import Surroundings
