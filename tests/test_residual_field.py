@@ -215,6 +215,7 @@ def test_tied_blocks_are_registered_once() -> None:
     assert [n for n, _ in field.named_children()] == ["blocks"]
 
 
+@pytest.mark.filterwarnings("ignore:.*weights_only=False.*:FutureWarning")  # pickle's own way, in torch 2.4 and 2.5
 @pytest.mark.parametrize("tied", [False, True])
 @each_interpolation
 def test_copies_and_moves_are_the_same_field(interpolate: str, tied: bool) -> None:

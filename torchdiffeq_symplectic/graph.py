@@ -7,7 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["reachable"]
+__all__ = ["edge_of", "reachable"]
+
+
+def edge_of(tensor: Tensor) -> torch.autograd.graph.GradientEdge:
+    """Where ``tensor``, which requires a gradient, stands in autograd's graph; also where gradients are not enabled."""
+    with torch.enable_grad():  # before torch 2.5, a leaf is found by way of a view of it
+        return torch.autograd.graph.get_gradient_edge(tensor)
 
 
 def reachable(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from torchdiffeq_symplectic.graph import edge_of
+
 __all__ = ["Captured", "with_graph"]
 
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -101,8 +103,8 @@ def with_graph(func: Function) -> Function:
 
 
 def _edge(tensor: Tensor) -> Edge:
-    edge = torch.autograd.graph.get_gradient_edge(tensor)
-    return edge.node, edge.output_nr
+    node, number, *_ = edge_of(tensor)
+    return node, number
 
 
 def _ends(roots: Iterable[tuple[Node | None, int]], stops: Mapping[Edge, Tensor]) -> tuple[list[Edge], list[Tensor]]:

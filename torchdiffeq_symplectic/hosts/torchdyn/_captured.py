@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.graph import reachable
+from torchdiffeq_symplectic.graph import edge_of, reachable
 
 __all__ = ["Captured"]
 
@@ -80,7 +80,7 @@ def _by_identity(tensors: Iterable[Tensor]) -> dict[int, Tensor]:
 def _nodes(tensors: Mapping[int, Tensor]) -> dict[torch.autograd.graph.Node, Sequence[int]]:
     nodes: dict[torch.autograd.graph.Node, list[int]] = {}
     for key, tensor in tensors.items():
-        nodes.setdefault(torch.autograd.graph.get_gradient_edge(tensor).node, []).append(key)
+        nodes.setdefault(edge_of(tensor).node, []).append(key)
     return dict(nodes)
 
 
