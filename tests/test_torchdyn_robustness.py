@@ -125,6 +125,7 @@ def test_a_gradient_with_an_integral_is_not_differentiated_again(mode: str) -> N
         torch.autograd.grad(solution[-1].square().sum(), x, create_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.cpu.amp.autocast:FutureWarning")  # torch 2.4's own use of it
 @each_mode
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 def test_inside_of_pytorchs_checkpoint(mode: str, solver: str) -> None:

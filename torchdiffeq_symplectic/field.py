@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.engine import vector_jacobian_product
-from torchdiffeq_symplectic.graph import reachable
+from torchdiffeq_symplectic.graph import edge_of, reachable
 from torchdiffeq_symplectic.surroundings import Surroundings
 from torchdiffeq_symplectic.tableau import Whole
 
@@ -109,13 +109,12 @@ class Field:
         """
         if not self._nodes:
             self._nodes = self._locate_params()
-        node_of = torch.autograd.graph.get_gradient_edge
         if self._checked:
-            return sorted(reachable([node_of(slope).node], self._nodes)[0])
+            return sorted(reachable([edge_of(slope).node], self._nodes)[0])
         self._checked = True
         self.walks = len(self.params) > _ASK_FOR_ALL
-        stops = {node_of(tensor).node: () for tensor in known if tensor.requires_grad}
-        found, others = reachable([node_of(slope).node], {**stops, **self._nodes})
+        stops = {edge_of(tensor).node: () for tensor in known if tensor.requires_grad}
+        found, others = reachable([edge_of(slope).node], {**stops, **self._nodes})
         if not self._complete:
             report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
         return sorted(found)
@@ -124,7 +123,7 @@ class Field:
         """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""
         nodes: dict[torch.autograd.graph.Node, list[int]] = {}
         for i, param in enumerate(self.params):
-            nodes.setdefault(torch.autograd.graph.get_gradient_edge(param).node, []).append(i)
+            nodes.setdefault(edge_of(param).node, []).append(i)
         for param in self.params:
             if param.grad_fn is not None:
                 behind, _ = reachable([following for following, _ in param.grad_fn.next_functions], nodes)

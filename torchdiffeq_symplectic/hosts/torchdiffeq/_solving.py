@@ -13,7 +13,7 @@ from torch import Tensor
 from torchdiffeq_symplectic.closures import held_by, modules_of
 from torchdiffeq_symplectic.field import report_missing
 from torchdiffeq_symplectic.gradient import Solve, Times, attach
-from torchdiffeq_symplectic.graph import reachable
+from torchdiffeq_symplectic.graph import edge_of, reachable
 from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
 from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured, with_graph
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
@@ -292,5 +292,5 @@ def _report_captured(call: Call, slope: Tensor) -> None:
     """Warn if the field uses a tensor that needs a gradient, where nothing listed does."""
     if slope.requires_grad:
         left_out = set(map(id, _undeclared(call)))
-        _, leaves = reachable([torch.autograd.graph.get_gradient_edge(slope).node], {})
+        _, leaves = reachable([edge_of(slope).node], {})
         report_missing([leaf for leaf in leaves if id(leaf) not in left_out])
