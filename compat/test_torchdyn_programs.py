@@ -1,0 +1,215 @@
+"""Programs such as torchdyn's tutorials, trained in each mode as by ``sensitivity="autograd"``.
+
+A program is whole: data, a ``Sequential`` with a ``NeuralODE`` in it, loss and optimiser. What is compared is what a
+user sees: the losses of a training, bit for bit at its first step, and the parameters at each; then how far torchdyn's
+adjoint and the approximate mode are from them, and whether a longer training succeeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributions import MultivariateNormal
+from torch.nn.functional import cross_entropy
+
+pytest.importorskip("torchdyn")
+
+from torchdyn.core import NeuralODE
+from torchdyn.datasets import ToyDataset
+from torchdyn.models import CNF
+from torchdyn.models.cnf import autograd_trace, hutch_trace
+from torchdyn.nn import Augmenter, DepthCat
+from torchdyn_cases import each_mode
+from torchdyn_training import Build, Training, assert_same_training, built, train
+
+# Upstream says so to everyone whose tolerances are not odeint's defaults, its own adjoint among them.
+pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def double_precision() -> Iterator[None]:
+    """torchdyn's layers and noise are of the default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+def standard_normal() -> MultivariateNormal:
+    return MultivariateNormal(torch.zeros(2), torch.eye(2))
+
+
+@functools.cache
+def moons() -> tuple[Tensor, Tensor]:
+    points, labels = ToyDataset().generate(n_samples=24, noise=0.0, dataset_type="moons")
+    return points.double() + 0.1 * torch.sin(torch.arange(48) ** 2).reshape(24, 2), labels
+
+
+class Last(nn.Module):
+    """The state at the last time, of all that a solve returns."""
+
+    def forward(self, solution: Tensor) -> Tensor:
+        return solution[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What is trained.
+
+    Attributes:
+        front, field, head: what comes before the solve, its vector field, and what comes after it.
+        loss: of what the head makes of a batch of moons.
+        order: of the differential equation.
+        part: of the first loss, that the loss falls below in 40 steps of training.
+    """
+
+    front: Callable[[], nn.Module]
+    field: Callable[[], nn.Module]
+    head: Callable[[], nn.Module]
+    loss: Callable[[Tensor], Tensor]
+    order: int = 1
+    part: float = 0.5
+
+    def building(self, solver: str) -> Build:
+        """The model as a function of the sensitivity."""
+
+        def build(sensitivity: str) -> nn.Sequential:
+            tolerances = dict.fromkeys(("atol", "rtol", "atol_adjoint", "rtol_adjoint"), 1e-6)
+            node = NeuralODE(
+                self.field(), solver, self.order, sensitivity=sensitivity, return_t_eval=False, **tolerances
+            )
+            if solver == "rk4":
+                node.t_span = torch.linspace(0, 1, 6)
+            return nn.Sequential(self.front(), node, Last(), self.head())
+
+        return build
+
+    def loss_of(self, model: nn.Module, step: int) -> Tensor:
+        return self.loss(model(moons()[0]))
+
+    def loss_on(self, times: Tensor) -> Callable[[Any, int], Tensor]:
+        """On a grid of times, of which only the last state is kept."""
+
+        def loss_of(model: nn.Sequential, step: int) -> Tensor:
+            front, node, last, head = model
+            return self.loss(head(last(node(front(moons()[0]), times, save_at=times[-1:]))))
+
+        return loss_of
+
+
+def classification(logits: Tensor) -> Tensor:
+    return cross_entropy(logits, moons()[1])
+
+
+def negative_log_likelihood(end: Tensor) -> Tensor:
+    """The first column has minus the integral of the trace."""
+    return (end[:, 0] - standard_normal().log_prob(end[:, 1:])).mean()  # type: ignore[no-any-return]
+
+
+def mlp(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(inputs, 16), nn.Tanh(), nn.Linear(16, outputs))
+
+
+def depth_dependent() -> nn.Sequential:
+    return nn.Sequential(DepthCat(1), nn.Linear(5, 16), nn.Tanh(), DepthCat(1), nn.Linear(17, 2))
+
+
+def flow(trace: Callable[[], dict[str, Any]]) -> Program:
+    return Program(
+        lambda: Augmenter(augment_idx=1, augment_dims=1),
+        lambda: CNF(nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 2)), **trace()),
+        nn.Identity,
+        negative_log_likelihood,
+        part=0.85,  # the entropy of the data is a bound
+    )
+
+
+PROGRAMS: dict[str, Program] = {
+    "classifier": Program(nn.Identity, lambda: mlp(2, 2), nn.Identity, classification, part=0.6),
+    "augmented classifier": Program(
+        lambda: Augmenter(1, 2), lambda: mlp(4, 4), lambda: nn.Linear(4, 2), classification, part=0.6
+    ),
+    "second order": Program(
+        lambda: Augmenter(1, augment_func=nn.Linear(2, 2)),
+        depth_dependent,
+        lambda: nn.Linear(4, 2),
+        classification,
+        order=2,
+        part=0.4,
+    ),
+    "flow, exact trace": flow(lambda: {"trace_estimator": autograd_trace}),
+    "flow, Hutchinson's trace": flow(lambda: {"trace_estimator": hutch_trace, "noise_dist": standard_normal()}),
+}
+each_program = pytest.mark.parametrize("program", PROGRAMS)
+
+
+def is_replayed(loss: Tensor) -> bool:
+    """Whether the loss comes from a solve that this package differentiates."""
+    stack, met = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in met:
+            continue
+        if node.name() == "_GradientBackward":
+            return True
+        met.add(node)
+        stack += [following for following, _ in node.next_functions]
+    return False
+
+
+def relative_error(found: Training, truth: Training) -> float:
+    """Of the whole gradient of the first loss."""
+    one, other = (
+        torch.cat([gradient.flatten() for gradient in training.gradients[0].values() if gradient is not None])
+        for training in (found, truth)
+    )
+    return float((one - other).norm() / other.norm())
+
+
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@each_program
+@each_mode
+def test_trained_as_by_backpropagation(mode: str, program: str, solver: str) -> None:
+    build, loss = PROGRAMS[program].building(solver), PROGRAMS[program].loss_of
+    assert not is_replayed(loss(built(build, "autograd"), 0))
+    model = assert_same_training(build, loss, mode, steps=4)
+    assert is_replayed(loss(model, 0))
+
+
+@each_program
+def test_trained_nearly_as_by_torchdyns_adjoint(program: str) -> None:
+    """As near as tolerances bring a second solve to the first one's gradient."""
+    build, loss = PROGRAMS[program].building("dopri5"), PROGRAMS[program].loss_of
+    found, expected = (train(built(build, name), loss) for name in ("symplectic", "adjoint"))
+    assert torch.equal(found.losses[0], expected.losses[0])
+    assert torch.allclose(torch.stack(found.losses), torch.stack(expected.losses), rtol=1e-4)
+    assert 0 < relative_error(found, expected) < 1e-5
+
+
+@each_program
+def test_memory_free_trains_nearly_as_backpropagation(program: str) -> None:
+    """Halving the step divides the error of the gradient by 2, as far as the second order is small."""
+    build, errors = PROGRAMS[program].building("euler"), []
+    for count, steps in ((20, 3), (40, 1)):
+        loss = PROGRAMS[program].loss_on(torch.linspace(0, 1, count + 1))
+        found, truth = (train(built(build, name), loss, steps) for name in ("memory_free", "autograd"))
+        assert torch.equal(found.losses[0], truth.losses[0])
+        assert torch.allclose(torch.stack(found.losses), torch.stack(truth.losses), rtol=1e-2)
+        errors.append(relative_error(found, truth))
+    assert errors[0] < 1e-2
+    assert 1.7 < errors[0] / errors[1] < 2.3
+
+
+@pytest.mark.slow
+@each_program
+def test_training_succeeds(program: str) -> None:
+    losses = train(
+        built(PROGRAMS[program].building("dopri5"), "symplectic"), PROGRAMS[program].loss_of, steps=40
+    ).losses
+    assert torch.stack(losses[-5:]).mean() < PROGRAMS[program].part * losses[0]
