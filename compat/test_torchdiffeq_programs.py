@@ -395,18 +395,21 @@ def test_trained_nearly_as_by_upstreams_adjoint(program: str) -> None:
     assert 0 < relative_error(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("approximate", ["memory_free"])
 @pytest.mark.parametrize(
     ("method", "least", "most"), [("euler", 1.7, 2.3), pytest.param("heun2", 3.5, 12.0, marks=pytest.mark.slow)]
 )
 @each_program
-def test_memory_free_trains_nearly_as_backpropagation(program: str, method: str, least: float, most: float) -> None:
+def test_an_approximate_mode_trains_nearly_as_backpropagation(
+    program: str, method: str, least: float, most: float, approximate: str
+) -> None:
     """Halving the step divides the error of the gradient by 2 (Euler), or by 4 and more (Heun)."""
     if method not in SOLVERS:
         pytest.skip(f"this torchdiffeq has no {method}")
     errors = []
     for size, steps in ((1.0, 3), (0.5, 1)):
         settings = {"method": method, "options": {"step_size": size * PROGRAMS[program].step_size}}
-        found = trained(program, in_mode({"adjoint_method": "memory_free"}), steps, **settings)
+        found = trained(program, in_mode({"adjoint_method": approximate}), steps, **settings)
         truth = trained(program, torchdiffeq.odeint, steps, **settings)
         assert found.replayed
         assert found.losses[0] == truth.losses[0]

@@ -8,11 +8,13 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark.compare import CONTENDERS, Contender, compare
+from torchdiffeq_symplectic.benchmark.compare import compare
+from torchdiffeq_symplectic.benchmark.contenders import Contender, torchdiffeqs
 from torchdiffeq_symplectic.benchmark.problem import Problem, State, as_tuple, flatten, gradient
-from torchdiffeq_symplectic.benchmark.reference import accepted_grid, reference_gradient
+from torchdiffeq_symplectic.benchmark.reference import recorded_steps, reference
 
-BACKPROPAGATION = CONTENDERS[0]
+CONTENDERS = {contender.name: contender for contender in torchdiffeqs()}
+BACKPROPAGATION = CONTENDERS["backpropagation"]
 
 
 class Field(nn.Module):
@@ -30,6 +32,11 @@ class Field(nn.Module):
 class TupleField(Field):
     def forward(self, t: Tensor, y: Any) -> Any:
         return super().forward(t, y[0]), y[0].sum(dim=1) * y[1]
+
+
+class Slower(Field):
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        return 0.3 * super().forward(t, y)
 
 
 class Noisy(Field):
@@ -64,6 +71,11 @@ PROBLEMS: dict[str, dict[str, Any]] = {
     "limited steps": {"options": {"first_step": 0.01, "max_step": 0.02}},
     "backwards": {"t": torch.tensor([1.3, 0.4, 0.0])},
     "tuple": {"field": TupleField(), "y0": (torch.linspace(-1, 2, 6).reshape(2, 3), torch.ones(2))},
+    "stack": {"field": nn.ModuleList([Field(), Slower()])},
+    "stack of tuples": {
+        "field": nn.ModuleList([TupleField(), TupleField()]),
+        "y0": (torch.linspace(-1, 2, 6).reshape(2, 3), torch.ones(2)),
+    },
 }
 
 
@@ -71,48 +83,110 @@ PROBLEMS: dict[str, dict[str, Any]] = {
 def test_reference_in_float64_is_backpropagation(changes: dict[str, Any]) -> None:
     exact = problem(**changes)
     found = flatten(gradient(square(exact.solve(BACKPROPAGATION.solve)), exact.leaves))
-    reference = reference_gradient(exact)
-    assert (found - reference).norm() < 1e-12 * reference.norm()
+    expected = reference(exact).gradient
+    assert (found - expected).norm() < 1e-12 * expected.norm()
 
 
 @pytest.mark.parametrize("changes", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_reference_of_a_float32_solve_is_backpropagation_to_its_rounding(changes: dict[str, Any]) -> None:
     single = problem(torch.float32, **changes)
     found = flatten(gradient(square(single.solve(BACKPROPAGATION.solve)), single.leaves))
-    reference = reference_gradient(single)
-    assert 0 < (found - reference).norm() < 1e-5 * reference.norm()
+    expected = reference(single).gradient
+    assert 0 < (found - expected).norm() < 1e-5 * expected.norm()
 
 
 def test_grid_runs_from_the_first_time_to_beyond_the_last() -> None:
-    grid = accepted_grid(problem())
+    (steps,) = recorded_steps(problem())
+    grid = list(steps.grid)
     assert grid == sorted(set(grid))
     assert grid[0] == 0.0
     assert grid[-2] < float(problem().t[-1]) <= grid[-1]
+    assert steps.number == len(grid) - 1
 
 
 def test_grid_has_no_rejected_steps() -> None:
     rejecting = problem()
-    grid = accepted_grid(rejecting)
-    evaluations = compare(rejecting, [BACKPROPAGATION], repeats=1)[0].forward_evaluations
-    assert grid[1] < 0.5  # the first trial step, of 0.5, was rejected
-    assert evaluations > 1 + 6 * (len(grid) - 1)
+    (steps,) = recorded_steps(rejecting)
+    (row,) = compare(rejecting, [BACKPROPAGATION], repeats=1)
+    assert row.steps == steps.number
+    assert steps.grid[1] < 0.5  # the first trial step, of 0.5, was rejected
+    assert row.forward_evaluations is not None
+    assert row.forward_evaluations > 1 + 6 * steps.number
+
+
+def test_each_field_of_a_stack_starts_where_the_one_before_ended() -> None:
+    stack = problem(field=nn.ModuleList([Field(), Slower()]))
+    first, second = stack.field.children()
+    alone = problem(field=first)
+    with torch.no_grad():
+        middle = alone.solve(torchdiffeq.odeint)[-1]
+        end = problem(field=second, y0=middle).solve(torchdiffeq.odeint)
+        assert torch.equal(stack.solve(torchdiffeq.odeint), end)  # type: ignore[arg-type]
+    assert len(recorded_steps(stack)) == 2
 
 
 def test_evaluations_and_times_of_backpropagation() -> None:
     (row,) = compare(problem(method="rk4", options={"step_size": 0.1}), [BACKPROPAGATION], repeats=1)
     assert row.contender == "backpropagation"
-    assert (row.forward_evaluations, row.backward_evaluations) == (4 * 13, 0)
-    assert row.relative_time == 1.0
+    assert (row.forward_evaluations, row.backward_evaluations, row.steps) == (4 * 13, 0, 13)
+    assert row.relative_time == row.relative_time_low == row.relative_time_high == 1.0
+    assert row.relative_forward == row.relative_backward == 1.0
+    assert row.seconds is not None
     assert row.seconds > 0
+    assert row.note == ""
 
 
 def test_a_contender_that_evaluates_in_backward_is_caught_at_it() -> None:
-    adjoint = CONTENDERS[1]
-    rows = compare(problem(), [adjoint, BACKPROPAGATION], repeats=1)
+    rows = compare(problem(), [CONTENDERS["adjoint"], BACKPROPAGATION], repeats=1)
     assert [row.contender for row in rows] == ["adjoint", "backpropagation"]
-    assert rows[0].forward_evaluations == rows[1].forward_evaluations
-    assert rows[0].backward_evaluations > 0
-    assert rows[0].gradient_error > 1e-6 > 1e-12 > rows[1].gradient_error
+    adjoint, exact = rows
+    assert adjoint.forward_evaluations == exact.forward_evaluations
+    assert adjoint.backward_evaluations
+    assert adjoint.gradient_error is not None
+    assert exact.gradient_error is not None
+    assert adjoint.gradient_error > 1e-6 > 1e-12 > exact.gradient_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [PROBLEMS["dopri5"], PROBLEMS["stack"], PROBLEMS["tuple"]])
+def test_every_exact_way_is_found_exact_with_the_evaluations_that_it_costs(changes: dict[str, Any]) -> None:
+    exact = {"backpropagation", "checkpoint", "baseline", "aca", "symplectic", "symplectic, stages"}
+    rows = {row.contender: row for row in compare(problem(**changes), list(CONTENDERS.values()), repeats=1)}
+    for name in exact:
+        error = rows[name].gradient_error
+        assert error is not None
+        assert error < 1e-12, name
+        assert rows[name].peak_bytes
+    assert rows["checkpoint"].backward_evaluations == rows["backpropagation"].forward_evaluations
+    assert rows["memory_free"].note == "only for euler and heun2"
+    assert rows["memory_free"].gradient_error is None
+
+
+def test_seminorm_is_not_for_fixed_steps() -> None:
+    fixed = problem(method="euler", field=Slower(), options={"step_size": 0.01})
+    rows = compare(fixed, [BACKPROPAGATION, CONTENDERS["adjoint, seminorm"], CONTENDERS["memory_free"]], repeats=1)
+    assert "fixed steps" in rows[1].note
+    assert rows[2].note == ""
+    assert rows[2].backward_evaluations == 2 * 130
+
+
+def test_who_evaluates_too_often_is_stopped() -> None:
+    forward = compare(problem(), [BACKPROPAGATION], repeats=1)[0].forward_evaluations
+    rows = compare(problem(), [BACKPROPAGATION, CONTENDERS["adjoint"]], repeats=1, budget=forward)
+    assert rows[0].note == ""
+    assert rows[1].note == f"stopped after {forward} evaluations"
+    assert rows[1].seconds is None
+
+
+def failing(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+    raise ArithmeticError("too stiff\nfor this")
+
+
+def test_a_failure_is_a_row_of_others_and_an_error_of_our_own() -> None:
+    rows = compare(problem(), [BACKPROPAGATION, Contender("failing", failing)], repeats=1)
+    assert rows[1].note == "ArithmeticError: too stiff"
+    with pytest.raises(ArithmeticError, match="too stiff"):
+        compare(problem(), [BACKPROPAGATION, Contender("failing", failing, may_fail=False)], repeats=1)
 
 
 def test_peak_memory_counts_what_a_solve_keeps() -> None:
@@ -125,19 +199,27 @@ def test_peak_memory_counts_what_a_solve_keeps() -> None:
         kept.clear()
         return solution
 
-    rows = compare(problem(), [BACKPROPAGATION, Contender("with a mebibyte", solve)], repeats=1)
-    assert size < rows[1].peak_bytes <= size + rows[0].peak_bytes
+    base, more = compare(problem(), [BACKPROPAGATION, Contender("with a mebibyte", solve)], repeats=1)
+    assert base.peak_bytes is not None
+    assert more.peak_bytes is not None
+    assert size < more.peak_bytes <= size + base.peak_bytes
 
 
 def test_a_field_with_new_noise_at_each_call_is_refused() -> None:
     with torch.random.fork_rng(devices=[]), pytest.raises(RuntimeError, match=r"problem\.field.*noise"):
-        reference_gradient(problem(field=Noisy(), method="rk4", options={"step_size": 0.1}))
+        reference(problem(field=Noisy(), method="rk4", options={"step_size": 0.1}))
+
+
+@pytest.mark.filterwarnings("ignore:The following arguments have no effect:UserWarning")  # scipy's
+def test_a_method_whose_steps_are_not_told_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"'scipy_solver'.*0\.2\.4"):
+        recorded_steps(problem(method="scipy_solver", options={"solver": "RK45"}))
 
 
 @pytest.mark.parametrize(
-    ("contenders", "repeats", "message"),
-    [(CONTENDERS[:1], 0, "repeats=0"), (CONTENDERS[1:2], 1, "contenders.*'backpropagation'")],
+    ("contender", "repeats", "message"),
+    [("backpropagation", 0, "repeats=0"), ("adjoint", 1, "contenders.*'backpropagation'")],
 )
-def test_wrong_arguments_are_named(contenders: tuple[Contender, ...], repeats: int, message: str) -> None:
+def test_wrong_arguments_are_named(contender: str, repeats: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compare(problem(), contenders, repeats)
+        compare(problem(), [CONTENDERS[contender]], repeats)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DISTRIBUTION = "torchdiffeq-symplectic"
 EXTRAS = {  # extra of the distribution -> modules that it brings
+    "benchmark": {"matplotlib", "rich", "sklearn"},
     "demo": {"matplotlib", "rich", "sklearn"},
     "resnet": {"matplotlib", "rich", "sklearn"},
 }
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_check(commands)
+    _add_benchmark(commands)
     _add_resnet(commands)
     _add_study(commands)
     return parser
@@ -82,6 +84,41 @@ def _add_check(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     add_arguments(parser)
     parser.set_defaults(extra="demo")
+
+
+def _add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    from torchdiffeq_symplectic.benchmark.command import add_arguments
+
+    parser = commands.add_parser(
+        "benchmark",
+        help="measure the ways to a gradient against each other",
+        description="Measure gradient error, peak memory, time and field evaluations of backpropagation, upstream's "
+        "adjoints, this package's modes, and torchdyn and other packages where they are installed. Prints a table for "
+        "each case and keeps it in benchmark.json at once: after an interruption the same command goes on. Writes a "
+        "CSV file and a picture for each problem. All problems take about an hour on one CPU core; set "
+        "OMP_NUM_THREADS=1 for times that vary less.",
+    )
+    add_arguments(parser)
+    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    parser.add_argument("--repeats", type=_steps, default=5, help="rounds of timing (default: %(default)s)")
+    parser.add_argument("--seed", type=_seed, default=0, help="of parameters and data (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("torchdiffeq-symplectic-benchmark"),
+        help="directory for the files, made if need be (default: %(default)s)",
+    )
+    parser.set_defaults(command=_benchmark, parser=parser, extra="benchmark")
+
+
+def _benchmark(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from torchdiffeq_symplectic.benchmark import command
+
+    _make_directory(arguments)
+    arguments.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return command.benchmark(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

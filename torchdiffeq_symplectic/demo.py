@@ -19,7 +19,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from torchdiffeq_symplectic.benchmark import Problem, Row, compare, report
+from torchdiffeq_symplectic.benchmark import Contender, Problem, Row, compare, report, torchdiffeqs
 from torchdiffeq_symplectic.benchmark.flow import FlowField, initial_state, log_likelihood
 from torchdiffeq_symplectic.benchmark.problem import State
 
@@ -31,6 +31,7 @@ LEARNING_RATE = 2e-3
 SOLVER: dict[str, Any] = {"method": "dopri5", "rtol": 1e-5, "atol": 1e-5, "options": {"first_step": 0.05}}
 ROUNDS = 5  # of timing
 POINTS = 25  # of the held-out curve
+CONTENDERS = ("backpropagation", "adjoint", "aca", "baseline", "symplectic", "symplectic, stages")
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome
         f"{held_out[0][1]:.3f} before, [bold]{held_out[-1][1]:.3f}[/bold] after {steps} steps."
     )
     with console.status("Comparing the gradients of the trained flow"):
-        rows = compare(_problem(field, train, seed), repeats=ROUNDS)
+        rows = compare(_problem(field, train, seed), _contenders(), ROUNDS)
     console.print(report.table(rows))
     outcome = Outcome(training, held_out, rows)
     report.write_csv(rows, out / "demo.csv")
@@ -158,6 +159,11 @@ def _times(x: Tensor) -> Tensor:
 def _problem(field: FlowField, x: Tensor, seed: int) -> Problem:
     field.draw_noise(len(x), torch.Generator().manual_seed(seed))
     return Problem(field, initial_state(x), _times(x), _nats_per_dimension, **SOLVER)
+
+
+def _contenders() -> list[Contender]:
+    """Those that solve any problem by any method."""
+    return [contender for contender in torchdiffeqs() if contender.name in CONTENDERS]
 
 
 def _draw(outcome: Outcome, path: Path) -> None:

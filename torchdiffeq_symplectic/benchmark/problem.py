@@ -1,5 +1,8 @@
 """What a benchmark solves and differentiates."""
 
+from __future__ import annotations
+
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Problem", "State", "as_tuple", "flatten", "gradient"]
+__all__ = ["Problem", "Solver", "State", "as_tuple", "flatten", "gradient"]
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]  # a state, or a solution, in torchdiffeq's form
 Solver: TypeAlias = Callable[..., State]  # called as torchdiffeq's odeint is
@@ -20,16 +23,18 @@ class Problem:
     """The loss of an initial value problem's solution, as a function of the initial state and the field's parameters.
 
     Attributes:
-        field: ``field(t, y)``, the slope at time ``t`` (no dimension) and state ``y`` (in the shape of ``y0``).
+        field: ``field(t, y)``, the slope at time ``t`` (no dimension) and state ``y`` (in the shape of ``y0``). An
+            ``nn.ModuleList`` is a stack of fields: each is solved over ``t``, from the last state of the one before.
         y0: state at ``t[0]``, a tensor or a tuple of tensors.
         t: output times, shape ``(T,)``, increasing or decreasing.
-        loss: maps the solution, of shape ``(T, *y0.shape)`` or a tuple of such, to a tensor without dimensions. It must
-            take a solution of any dtype.
+        loss: maps the solution (of the last field of a stack), of shape ``(T, *y0.shape)`` or a tuple of such, to a
+            tensor without dimensions. It must take a solution of any dtype, on any device.
         method: torchdiffeq's name of the method.
         rtol: relative tolerance.
         atol: absolute tolerance, in the units of the state.
         options: torchdiffeq's options of the method. Give an adaptive one ``first_step``: if the solver chooses the
             first step itself, backpropagation through it also differentiates that choice, which no other mode does.
+            Give one of fixed steps ``step_size``.
     """
 
     field: nn.Module
@@ -41,6 +46,11 @@ class Problem:
     atol: float = 1e-9
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def has_fixed_steps(self) -> bool:
+        """Whether the method does not choose its steps."""
+        return "step_size" in self.options
+
     @cached_property
     def leaves(self) -> tuple[Tensor, ...]:
         """What the loss is differentiated with respect to: the parts of y0, then the field's trainable parameters."""
@@ -51,19 +61,31 @@ class Problem:
     def _initial_state(self) -> tuple[Tensor, ...]:
         return tuple(part.detach().clone().requires_grad_() for part in as_tuple(self.y0))
 
-    def solve(self, solver: Solver, field: nn.Module | None = None) -> State:
-        """The solution by ``solver``, of ``field`` in the place of the problem's own if given."""
-        return solver(
-            self.field if field is None else field,
-            self._initial_state if isinstance(self.y0, tuple) else self._initial_state[0],
-            self.t,
-            rtol=self.rtol,
-            atol=self.atol,
-            method=self.method,
-            options=dict(self.options),
+    def solve(self, solver: Solver) -> State:
+        """The solution by ``solver``, which is called once for each field, in their order."""
+        state: State = self._initial_state if isinstance(self.y0, tuple) else self._initial_state[0]
+        solution = state
+        for field in self.field if isinstance(self.field, nn.ModuleList) else [self.field]:
+            solution = solver(
+                field, state, self.t, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
+            )
+            state = tuple(part[-1] for part in solution) if isinstance(solution, tuple) else solution[-1]
+        return solution
+
+    def gradient(self, solver: Solver) -> tuple[Tensor, ...]:
+        """One forward pass by ``solver`` and one backward pass: the gradients with respect to ``leaves``."""
+        return gradient(self.loss(self.solve(solver)), self.leaves)
+
+    def to(self, device: torch.device | str) -> Problem:
+        """The same problem on a device: a copy but for the loss, which must take a solution on any device."""
+        y0 = tuple(part.to(device) for part in as_tuple(self.y0))
+        return self.replace(
+            field=copy.deepcopy(self.field).to(device),
+            y0=y0 if isinstance(self.y0, tuple) else y0[0],
+            t=self.t.to(device),
         )
 
-    def replace(self, **changes: Any) -> "Problem":
+    def replace(self, **changes: Any) -> Problem:
         """The same problem but for ``changes``."""
         return dataclasses.replace(self, **changes)
 

@@ -4,90 +4,153 @@ An adaptive solver chooses its steps by its own rounded error estimates. The sam
 and so have another gradient, by as much as the tolerance allows. Here the accepted steps are recorded and prescribed.
 """
 
+from __future__ import annotations
+
 import copy
 import math
 import warnings
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark.problem import Problem, as_tuple, flatten, gradient
+from torchdiffeq_symplectic.benchmark.problem import Problem, Solver, State, as_tuple, flatten
 
-__all__ = ["accepted_grid", "reference_gradient"]
+__all__ = ["Measure", "Reference", "Steps", "check_repeated", "in_float64", "recorded_steps", "reference"]
 
 BEYOND_ANY_ERROR = 1e100  # a tolerance at which each trial step is accepted
 SMALLEST = torch.finfo(torch.float64).tiny
 
 
-def reference_gradient(problem: Problem) -> Tensor:
-    """Gradient of the discrete solve of ``problem``, in float64, with its accepted steps held constant.
+@dataclass(frozen=True)
+class Reference:
+    """What a contender's gradient is measured by.
 
-    Returns:
-        float64 tensor of shape ``(M,)``: the gradients with respect to y0 and all parameters, one after the other.
+    Attributes:
+        gradient: float64, shape ``(M,)``: with respect to y0 and all parameters, one after the other.
+        steps: accepted steps of the forward pass, of all fields together.
+    """
+
+    gradient: Tensor
+    steps: int
+
+
+Measure: TypeAlias = Callable[[Problem], Reference]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The steps of one solve.
+
+    Attributes:
+        number: how many were accepted.
+        grid: where they begin and where the last one ends, in the order of integration, which may be behind the last
+            output time: the solvers step past it and interpolate. Empty for a method of fixed steps.
+    """
+
+    number: int
+    grid: Sequence[float]
+
+
+def reference(problem: Problem) -> Reference:
+    """The gradient of torchdiffeq's discrete solve of ``problem``, in float64, with its accepted steps held constant.
 
     Raises:
         RuntimeError: if the repeated solve is not the first one to the rounding of ``problem``'s dtype, as for a field
-            that draws new noise at each call.
+            that draws new noise at each call; or if torchdiffeq does not tell the steps of the method.
     """
     with torch.no_grad():
         solution = problem.solve(torchdiffeq.odeint)
-    double = _in_float64(problem, accepted_grid(problem))
-    repeated = double.solve(torchdiffeq.odeint)
-    _check_repeated(solution, repeated)
-    return flatten(gradient(double.loss(repeated), double.leaves))
+    steps = recorded_steps(problem)
+    double = in_float64(problem)
+    again = [_prescribing(problem, each.grid) for each in steps]
+    with torch.no_grad():
+        check_repeated(solution, double.solve(_in_order(again)))
+    return Reference(flatten(double.gradient(_in_order(again))), sum(each.number for each in steps))
 
 
-def accepted_grid(problem: Problem) -> list[float]:
-    """Where the accepted steps of ``problem`` begin and where the last one ends, in the order of integration.
+def recorded_steps(problem: Problem) -> list[Steps]:
+    """The steps of torchdiffeq's solve of each field of ``problem``."""
+    recorders: list[_StepRecorder] = []
 
-    The last step may end behind the last output time: the solvers step past it and interpolate. For a method of fixed
-    steps, which reports none, the list is empty.
-    """
-    recorder = _StepRecorder(problem.field)
+    def solve(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+        recorders.append(_StepRecorder(func))
+        solution: State = torchdiffeq.odeint(recorders[-1], y0, t, **settings)
+        return solution
+
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not support callbacks.*")
-        problem.solve(torchdiffeq.odeint, recorder)
-    if not recorder.steps:
-        return []
-    last, length = recorder.steps[-1]
+        problem.solve(solve)
+    if not all(recorder.trials for recorder in recorders):
+        raise RuntimeError(
+            f"torchdiffeq {torchdiffeq.__version__} does not tell the steps of method={problem.method!r}, which the "
+            "reference gradient repeats: use a Runge-Kutta method, and torchdiffeq 0.2.4 or later"
+        )
     forwards = bool(problem.t[-1] > problem.t[0])
-    return [start for start, _ in recorder.steps] + [last + length if forwards else last - length]
+    return [recorder.steps(forwards) for recorder in recorders]
 
 
 class _StepRecorder(nn.Module):
-    """The field, and torchdiffeq's callback that tells of each accepted step."""
+    """The field, and torchdiffeq's callbacks that tell of each step. Fixed steps are not said to be accepted."""
 
     def __init__(self, field: nn.Module) -> None:
         super().__init__()
         self.field = field
-        self.steps: list[tuple[float, float]] = []  # where it starts, how long it is
+        self.trials = 0
+        self.accepted: list[tuple[float, float]] = []  # where it starts, how long it is
 
     def forward(self, t: Tensor, y: Any) -> Any:
         return self.field(t, y)
 
+    def callback_step(self, t0: Tensor, y0: Any, dt: Tensor) -> None:
+        del t0, y0, dt
+        self.trials += 1
+
     def callback_accept_step(self, t0: Tensor, y0: Any, dt: Tensor) -> None:
         del y0
-        self.steps.append((float(t0), float(dt)))
+        self.accepted.append((float(t0), float(dt)))
+
+    def steps(self, forwards: bool) -> Steps:
+        if not self.accepted:
+            return Steps(self.trials, [])
+        last, length = self.accepted[-1]
+        grid = [start for start, _ in self.accepted] + [last + length if forwards else last - length]
+        return Steps(len(self.accepted), grid)
 
 
-def _in_float64(problem: Problem, grid: list[float]) -> Problem:
-    """``problem`` in float64, made to step from each point of ``grid`` to the next."""
-    y0 = as_tuple(problem.y0)
-    doubled = tuple(part.double() for part in y0)
-    settings: dict[str, Any] = {}
-    if grid:
-        settings = {"rtol": BEYOND_ANY_ERROR, "atol": BEYOND_ANY_ERROR, "options": _stepping(problem, grid)}
+def in_float64(problem: Problem) -> Problem:
+    """``problem`` with state, parameters and times in float64."""
+    y0 = tuple(part.double() for part in as_tuple(problem.y0))
     return problem.replace(
         field=copy.deepcopy(problem.field).double(),
-        y0=doubled if isinstance(problem.y0, tuple) else doubled[0],
+        y0=y0 if isinstance(problem.y0, tuple) else y0[0],
         t=problem.t.double(),
-        **settings,
     )
 
 
-def _stepping(problem: Problem, grid: list[float]) -> dict[str, Any]:
+def _in_order(solvers: Sequence[Solver]) -> Solver:
+    """A solver whose n-th call is one of the n-th of ``solvers``."""
+    remaining = iter(solvers)
+    return lambda *arguments, **settings: next(remaining)(*arguments, **settings)
+
+
+def _prescribing(problem: Problem, grid: Sequence[float]) -> Solver:
+    """torchdiffeq's solver, made to step from each point of ``grid`` to the next, if it has any."""
+    prescribed: dict[str, Any] = {}
+    if grid:
+        prescribed = {"rtol": BEYOND_ANY_ERROR, "atol": BEYOND_ANY_ERROR, "options": _stepping(problem, grid)}
+
+    def solve(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+        solution: State = torchdiffeq.odeint(func, y0, t, **{**settings, **prescribed})
+        return solution
+
+    return solve
+
+
+def _stepping(problem: Problem, grid: Sequence[float]) -> dict[str, Any]:
     """Options with which each step ends at the next point of ``grid``.
 
     Each trial step must reach beyond that point, for torchdiffeq then cuts it short there: the first is longer than the
@@ -107,7 +170,7 @@ def _stepping(problem: Problem, grid: list[float]) -> dict[str, Any]:
     }
 
 
-def _check_repeated(solution: Any, repeated: Any) -> None:
+def check_repeated(solution: State, repeated: State) -> None:
     """Raise if ``repeated`` is another solution than ``solution``, the one that it is to repeat in float64."""
     for part, double in zip(as_tuple(solution), as_tuple(repeated), strict=True):
         exact = double.detach()

@@ -1,0 +1,224 @@
+"""Learning a partial differential equation's energy: the data against closed forms, the model against its structure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import pytest
+import torch
+import torchdiffeq
+from torch import Tensor, nn
+
+import torchdiffeq_symplectic  # noqa: F401  registers the gradient modes
+from torchdiffeq_symplectic.benchmark.pde import (
+    CAHN_HILLIARD,
+    KDV,
+    EnergyField,
+    Equation,
+    initial_states,
+    learning_problem,
+    trajectories,
+)
+from torchdiffeq_symplectic.benchmark.problem import Problem, flatten, gradient
+
+EQUATIONS = pytest.mark.parametrize("equation", [KDV, CAHN_HILLIARD], ids=lambda equation: equation.name)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+NOW = torch.zeros(())
+
+
+def grid(equation: Equation) -> Tensor:
+    return equation.length / equation.points * torch.arange(equation.points, dtype=torch.float64)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def small_problem(equation: Equation, seed: int = 0, dtype: torch.dtype = torch.float32) -> Problem:
+    return learning_problem(equation, seed, batch=4, width=16, dtype=dtype)
+
+
+@cache
+def snapshots(equation: Equation, count: int = 25) -> Tensor:
+    initial = initial_states(equation, 4, generator())
+    return trajectories(equation, initial, equation.interval * torch.arange(count + 1, dtype=torch.float64))
+
+
+def true_energy(equation: Equation, u: Tensor) -> Tensor:
+    """H, by the Fourier series' values on a grid of four times the points, where the mean of a product is exact."""
+    spectrum = torch.fft.rfft(u, norm="forward")[..., :-1]
+    k = 2 * math.pi / equation.length * torch.arange(spectrum.shape[-1], dtype=torch.float64)
+    fine, slope = (torch.fft.irfft(s, n=4 * equation.points, norm="forward") for s in (spectrum, 1j * k * spectrum))
+    potential = fine**3 if equation is KDV else (fine**2 - 1) ** 2 / 4
+    energy: Tensor = equation.length * (potential + equation.gradient_energy / 2 * slope**2).mean(dim=-1)
+    return energy
+
+
+class TrueDensity(nn.Sequential):
+    """The density of H over ``equation.scale`` with forward differences, in the place of ``EnergyField``'s."""
+
+    def __init__(self, equation: Equation) -> None:
+        super().__init__()
+        self.equation = equation
+
+    def forward(self, u: Tensor) -> Tensor:
+        slope = (u.roll(-1, dims=-1) - u) * self.equation.points / self.equation.length
+        potential = sum((c * u**power for power, c in enumerate(self.equation.potential)), torch.zeros_like(u))
+        return (potential + self.equation.gradient_energy / 2 * slope**2) / self.equation.scale
+
+
+def relative(error: Tensor, size: Tensor) -> float:
+    return float((error.norm() / size.norm()).detach())
+
+
+@pytest.mark.parametrize("kappa", [0.8, 1.2])
+def test_kdv_soliton_travels_at_its_speed_in_its_shape(kappa: float) -> None:
+    equation = replace(KDV, length=40.0, points=256)
+    t = torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)
+    place = grid(equation) - 25.0 + 4 * kappa**2 * t[:, None, None]
+    exact = 2 * kappa**2 / torch.cosh(kappa * place) ** 2
+    solution = trajectories(equation, exact[0], t)
+    assert solution.dtype == torch.float64
+    torch.testing.assert_close(solution, exact, rtol=0.0, atol=1e-7)
+
+
+@pytest.mark.parametrize("waves", [1, 5, 7, 8, 12])
+def test_small_waves_in_the_cahn_hilliard_equation_grow_at_their_rate(waves: int) -> None:
+    k = 2 * math.pi * waves / CAHN_HILLIARD.length
+    rate = k**2 * (1 - CAHN_HILLIARD.gradient_energy * k**2)
+    wave = 1e-6 * torch.sin(k * grid(CAHN_HILLIARD))[None]
+    t = torch.tensor([0.0, 4e-4], dtype=torch.float64)
+    solution = trajectories(CAHN_HILLIARD, wave, t)
+    assert relative(solution[1] - math.exp(rate * 4e-4) * wave, solution[1]) < 3e-6
+    assert (rate > 0) == (waves < 8)
+
+
+@EQUATIONS
+def test_data_are_accurate_in_time(equation: Equation) -> None:
+    initial, t = initial_states(equation, 4, generator()), torch.tensor([0.0, 10 * equation.interval])
+    solution, coarse, fine = (
+        trajectories(replace(equation, interval=equation.interval * ratio), initial, t)[-1] for ratio in (1, 2, 0.5)
+    )
+    assert relative(solution - fine, fine) < 3e-8
+    assert relative(coarse - solution, fine) > 8 * relative(solution - fine, fine)  # order 4, not 3
+
+
+@EQUATIONS
+def test_data_begin_at_the_initial_states(equation: Equation) -> None:
+    initial = initial_states(equation, 4, generator())
+    assert initial.shape == (4, equation.points)
+    torch.testing.assert_close(snapshots(equation, 1)[0], initial, rtol=0.0, atol=1e-7)
+
+
+@EQUATIONS
+def test_data_keep_their_mass(equation: Equation) -> None:
+    mass = snapshots(equation).mean(dim=-1)
+    torch.testing.assert_close(mass, mass[:1].expand_as(mass), rtol=0.0, atol=1e-14)
+
+
+def test_kdv_keeps_its_energy() -> None:
+    energy = true_energy(KDV, snapshots(KDV))
+    torch.testing.assert_close(energy, energy[:1].expand_as(energy), rtol=1e-7, atol=0.0)
+
+
+def test_cahn_hilliard_loses_energy_always() -> None:
+    energy = true_energy(CAHN_HILLIARD, snapshots(CAHN_HILLIARD))
+    assert bool((energy.diff(dim=0) < 0).all())
+    assert bool((energy[-1] < 0.9 * energy[0]).all())
+
+
+@EQUATIONS
+def test_random_draws_repeat_and_leave_the_global_generator_alone(equation: Equation) -> None:
+    before = torch.random.get_rng_state()
+    first, again, other = (small_problem(equation, seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.get_default_dtype() == torch.float32
+    for repeated, differing, leaf in zip(again.leaves, other.leaves, first.leaves, strict=True):
+        assert torch.equal(repeated, leaf)
+        assert not torch.equal(differing, leaf)
+
+
+@pytest.mark.parametrize("changes", [{"order": 3}, {"potential": (0.0,) * 6}], ids=str)
+def test_an_equation_out_of_scope_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="order must be 1 or 2, and potential have at most 5"):
+        replace(KDV, **changes)
+
+
+@EQUATIONS
+def test_slopes_keep_or_lower_the_learned_energy_and_keep_the_mass(equation: Equation) -> None:
+    field, u = EnergyField(equation, 16).double(), snapshots(equation)[-1].clone().requires_grad_()
+    slope = field(NOW, u)
+    (force,) = torch.autograd.grad(field.energy(u).sum(), u)
+    change, size = (force * slope).sum(dim=1), force.norm(dim=1) * slope.norm(dim=1)
+    if equation.order == 1:
+        assert bool((change.abs() < 1e-14 * size).all())
+    else:
+        assert bool((change < -0.01 * size).all())
+    assert bool((slope.sum(dim=1).abs() < 1e-13 * slope.abs().sum(dim=1)).all())
+
+
+@EQUATIONS
+def test_energy_is_that_of_the_equation_for_its_density(equation: Equation) -> None:
+    """With the difference formulas' density of H in the network's place, slopes are the equation's, to O(dx²)."""
+    equation = replace(equation, points=16 * equation.points)
+    field = EnergyField(equation).double()
+    field.density = TrueDensity(equation)
+    wave = 2 * math.pi / equation.length
+    u = (0.5 * torch.sin(wave * grid(equation)))[None]
+    t = torch.tensor([0.0, 1e-3 * equation.interval], dtype=torch.float64)
+    difference = trajectories(equation, u, t).diff(dim=0)[0] / t[1]
+    assert relative(field(NOW, u) - difference, difference) < 1e-3
+
+
+@EQUATIONS
+@DTYPES
+def test_slopes_are_the_same_with_and_without_gradients(equation: Equation, dtype: torch.dtype) -> None:
+    field, u = EnergyField(equation, 16).to(dtype), snapshots(equation, 1)[-1].to(dtype)
+    with torch.no_grad():
+        ungraded = field(NOW, u)
+    assert not ungraded.requires_grad
+    assert ungraded.dtype == dtype
+    assert ungraded.shape == u.shape
+    assert torch.equal(field(NOW, u), ungraded)
+    assert torch.equal(field(NOW, u.clone().requires_grad_()), ungraded)
+
+
+@EQUATIONS
+@pytest.mark.parametrize("state_requires_grad", [True, False])
+def test_gradients_reach_all_parameters(equation: Equation, state_requires_grad: bool) -> None:
+    field, u = EnergyField(equation, 16), snapshots(equation, 1)[-1].float().requires_grad_(state_requires_grad)
+    field(NOW, u).square().sum().backward()
+    assert all(bool(parameter.grad.abs().sum() > 0) for parameter in field.parameters() if parameter.grad is not None)
+    assert all(parameter.grad is not None for parameter in field.parameters())
+    assert (u.grad is not None) == state_requires_grad
+
+
+@EQUATIONS
+@DTYPES
+def test_symplectic_gradient_is_that_of_backpropagation(equation: Equation, dtype: torch.dtype) -> None:
+    problem = small_problem(equation, dtype=dtype)
+    expected, found = (
+        flatten(gradient(problem.loss(problem.solve(solver)), problem.leaves))
+        for solver in (torchdiffeq.odeint, partial(torchdiffeq.odeint_adjoint, adjoint_method="symplectic"))
+    )
+    assert relative(found - expected, expected) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+@EQUATIONS
+def test_training_lowers_the_loss_in_few_evaluations(equation: Equation) -> None:
+    problem = small_problem(equation)
+    evaluations: list[None] = []
+    problem.field.register_forward_hook(lambda *_: evaluations.append(None))
+    optimizer = torch.optim.Adam(problem.field.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        optimizer.zero_grad()
+        loss = problem.loss(problem.solve(torchdiffeq.odeint))
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    assert len(evaluations) < 4 * 100

@@ -1,0 +1,34 @@
+"""``resnet``: a residual network of tanh blocks that are smooth in depth, as the Euler scheme of its ODE."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from torchdiffeq_symplectic.benchmark.problem import Problem
+from torchdiffeq_symplectic.benchmark.problems._network import mean_square
+from torchdiffeq_symplectic.benchmark.series import Axis, Case, Series
+from torchdiffeq_symplectic.resnet import ResidualField
+from torchdiffeq_symplectic.resnet.studies.common import tanh_blocks
+
+__all__ = ["RESNET"]
+
+WIDTH, BATCH = 32, 256
+
+
+def _build(depth: int, seed: int) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    field = ResidualField(tanh_blocks(depth, WIDTH, generator), residual=True).float()
+    y0 = torch.randn(BATCH, WIDTH, generator=generator)
+    t = torch.tensor([0.0, 1.0])
+    return Problem(field, y0, t, mean_square, "euler", options={"step_size": field.step_size})
+
+
+RESNET = Series(
+    "resnet",
+    "What do more blocks of a residual network cost?",
+    tuple(Case(f"{depth} blocks", partial(_build, depth), depth) for depth in (16, 64, 256, 1024)),
+    Axis("depth N [blocks]"),
+    shows=("gradient_error", "peak_bytes", "relative_time"),
+)
