@@ -79,6 +79,15 @@ def upstream() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def double_precision() -> Iterator[None]:
+    """float64 is PyTorch's default type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture
 def assert_agree() -> Callable[..., None]:
     """Compares gradients, ``assert_agree(found, expected, tolerance=1e-11)``: norm of the difference over the norm."""
 

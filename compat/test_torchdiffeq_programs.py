@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchdiffeq
+from harness import is_replayed
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torchdiffeq._impl import rk_common
@@ -23,19 +24,12 @@ from torchdiffeq._impl.odeint import SOLVERS
 
 from torchdiffeq_symplectic import use
 
+pytestmark = pytest.mark.usefixtures("double_precision")  # models and data are of the default type
+
 Mode = dict[str, Any]
 Agree = Callable[..., None]
 Solve = Callable[..., Any]
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    """Programs build their networks and draw their data in the default type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 class Program(nn.Module):
@@ -329,19 +323,6 @@ def trained(program: str, odeint: Solve, steps: int = STEPS, **settings: Any) ->
         losses.append(float(loss.detach()))
     moved = [after.detach() - start for after, start in zip(model.parameters(), before, strict=True)]
     return Trained(losses, gradients, moved, replayed)
-
-
-def is_replayed(loss: Tensor) -> bool:
-    stack, met = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in met:
-            continue
-        if node.name() == "_GradientBackward":
-            return True
-        met.add(node)
-        stack += [following for following, _ in node.next_functions]
-    return False
 
 
 @functools.cache

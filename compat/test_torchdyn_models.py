@@ -6,7 +6,7 @@ on inside the field, weights that are computed from the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -35,19 +35,12 @@ from torchdyn.nn import (
 from torchdyn_cases import each_mode
 from torchdyn_training import assert_same_training, built
 
+pytestmark = pytest.mark.usefixtures("double_precision")  # models and data are of the default type
+
 each_solver = pytest.mark.parametrize("solver", ["rk4", "dopri5", pytest.param("tsit5", marks=pytest.mark.slow)])
 POINTS = torch.linspace(-1.2, 1.6, 10, dtype=torch.float64).reshape(5, 2)
 TARGET = torch.linspace(0.7, -0.4, 10, dtype=torch.float64).reshape(5, 2)
 TIMES = torch.tensor([0.0, 0.15, 0.5, 1.0], dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    """torchdyn's layers and noise are of the default type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def net(inputs: int, outputs: int, hidden: int = 6) -> nn.Sequential:

@@ -6,7 +6,7 @@ What its layers and models do is in ``test_torchdyn_models.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -23,18 +23,12 @@ from torchdyn_cases import MODES, each_mode, first_step_held
 from torchdyn_training import Build, Loss, assert_same_pass, assert_same_training, built
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults; ODEProblem's own defaults are not.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning")
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning"),
+]
 
 SOLVERS = ("euler", "midpoint", "rk4", "dopri5", "tsit5")
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    """torchdyn's layers and noise are of the default type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
 
 
 def mlp(inputs: int, outputs: int, hidden: int = 6) -> nn.Sequential:

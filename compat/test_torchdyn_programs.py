@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("torchdyn")
 
+from harness import is_replayed
 from torchdyn.core import NeuralODE
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF
@@ -29,16 +30,10 @@ from torchdyn_cases import each_mode
 from torchdyn_training import Build, Training, assert_same_training, built, train
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults, its own adjoint among them.
-pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def double_precision() -> Iterator[None]:
-    """torchdyn's layers and noise are of the default type."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = [
+    pytest.mark.usefixtures("double_precision"),
+    pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning"),
+]
 
 
 def standard_normal() -> MultivariateNormal:
@@ -147,20 +142,6 @@ PROGRAMS: dict[str, Program] = {
     "flow, Hutchinson's trace": flow(lambda: {"trace_estimator": hutch_trace, "noise_dist": standard_normal()}),
 }
 each_program = pytest.mark.parametrize("program", PROGRAMS)
-
-
-def is_replayed(loss: Tensor) -> bool:
-    """Whether the loss comes from a solve that this package differentiates."""
-    stack, met = [loss.grad_fn], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in met:
-            continue
-        if node.name() == "_GradientBackward":
-            return True
-        met.add(node)
-        stack += [following for following, _ in node.next_functions]
-    return False
 
 
 def relative_error(found: Training, truth: Training) -> float:

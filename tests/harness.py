@@ -106,3 +106,17 @@ def count(field: Net, run: Callable[[], object]) -> int:
     before = field.evaluations
     run()
     return field.evaluations - before
+
+
+def is_replayed(loss: Tensor) -> bool:
+    """Whether ``loss`` comes from a solve that this package differentiates."""
+    stack, met = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in met:
+            continue
+        if node.name() == "_GradientBackward":
+            return True
+        met.add(node)
+        stack += [following for following, _ in node.next_functions]
+    return False

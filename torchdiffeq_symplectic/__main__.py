@@ -58,17 +58,8 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         "adjoint, then compare error, memory and time of the ways to its gradient. Takes about a minute on two CPU "
         "cores; writes demo.png and demo.csv.",
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--seed", type=_seed, default=0, help="of split, parameters, batches and noise (default: %(default)s)"
-    )
     parser.add_argument("--steps", type=_steps, default=800, help="of the optimiser (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("torchdiffeq-symplectic-demo"),
-        help="directory for the files, made if need be (default: %(default)s)",
-    )
+    _add_common(parser, "demo", "of split, parameters, batches and noise")
     parser.set_defaults(command=_demo, parser=parser, extra="demo")
 
 
@@ -99,36 +90,25 @@ def _add_benchmark(commands: "argparse._SubParsersAction[argparse.ArgumentParser
         "OMP_NUM_THREADS=1 for times that vary less.",
     )
     add_arguments(parser)
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     parser.add_argument("--repeats", type=_steps, default=5, help="rounds of timing (default: %(default)s)")
-    parser.add_argument("--seed", type=_seed, default=0, help="of parameters and data (default: %(default)s)")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("torchdiffeq-symplectic-benchmark"),
-        help="directory for the files, made if need be (default: %(default)s)",
-    )
+    _add_common(parser, "benchmark", "of parameters and data")
     parser.set_defaults(command=_benchmark, parser=parser, extra="benchmark")
 
 
 def _benchmark(arguments: argparse.Namespace) -> int:
-    import torch
-
     from torchdiffeq_symplectic.benchmark import command
 
     _make_directory(arguments)
-    arguments.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    arguments.device = _chosen_device(arguments)
     return command.benchmark(arguments)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-    import torch
 
     from torchdiffeq_symplectic import demo
 
     _make_directory(arguments)
-    device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    demo.run(device, arguments.seed, arguments.steps, arguments.out)
+    demo.run(_chosen_device(arguments), arguments.seed, arguments.steps, arguments.out)
     return 0
 
 
@@ -173,21 +153,11 @@ def _add_resnet(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
         default="outputs",
         help="what lies between two blocks (default: %(default)s)",
     )
-    parser.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    parser.add_argument(
-        "--seed", type=_seed, default=0, help="of random weights and parts of photographs (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("torchdiffeq-symplectic-resnet"),
-        help="directory for the files, made if need be (default: %(default)s)",
-    )
+    _add_common(parser, "resnet", "of random weights and parts of photographs")
     parser.set_defaults(command=_resnet, parser=parser, extra="resnet")
 
 
 def _resnet(arguments: argparse.Namespace) -> int:
-    import torch
 
     from torchdiffeq_symplectic.resnet import command
 
@@ -201,7 +171,7 @@ def _resnet(arguments: argparse.Namespace) -> int:
         size=arguments.size,
         training={None: arguments.weights is None, "train": True, "eval": False}[arguments.mode],
         interpolate=arguments.interpolate,
-        device=arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+        device=_chosen_device(arguments),
         seed=arguments.seed,
     )
     try:
@@ -241,14 +211,7 @@ def _study_parser(
     studies: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str
 ) -> argparse.ArgumentParser:
     parser = studies.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("torchdiffeq-symplectic-study"),
-        help="directory for the files, made if need be (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=_seed, default=0, help="of weights, inputs and batches (default: %(default)s)")
-    parser.add_argument("--device", type=_device, default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    _add_common(parser, "study", "of weights, inputs and batches", device="cpu")
     parser.set_defaults(command=_study, parser=parser, extra="resnet", study=name)
     return parser
 
@@ -260,6 +223,31 @@ def _study(arguments: argparse.Namespace) -> int:
     names = ("seed", "device", "depths", "depth", "steps", "epochs")
     command.run(arguments.study, {name: getattr(arguments, name, None) for name in names}, arguments.out)
     return 0
+
+
+def _add_common(parser: argparse.ArgumentParser, name: str, seed: str, device: str | None = None) -> None:
+    """Add ``--device``, ``--seed`` and ``--out`` of the command ``name``; ``seed`` says what is drawn."""
+    parser.add_argument(
+        "--device",
+        type=_device,
+        default=device,
+        help=f"cpu, cuda, cuda:1, ... (default: {device or 'cuda if there is one'})",
+    )
+    parser.add_argument("--seed", type=_seed, default=0, help=f"{seed} (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(f"{DISTRIBUTION}-{name}"),
+        help="directory for the files, made if need be (default: %(default)s)",
+    )
+
+
+def _chosen_device(arguments: argparse.Namespace) -> "torch.device":
+    """That of ``--device``, else CUDA's if there is one."""
+    import torch
+
+    device: torch.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
 
 
 def _make_directory(arguments: argparse.Namespace) -> None:
