@@ -17,6 +17,8 @@ from torchdyn.numerics.solvers.ode import DormandPrince45, RungeKutta4, Tsitoura
 from torchdyn_cases import MODES, each_mode
 
 from torchdiffeq_symplectic.benchmark.memory import live_bytes, peak_bytes
+from torchdiffeq_symplectic.hosts.torchdyn import _measuring
+from torchdiffeq_symplectic.tableau import Tableau, measure
 
 SOLVERS: dict[str, Any] = {"rk4": RungeKutta4, "dopri5": DormandPrince45, "tsit5": Tsitouras45}
 STAGES = {"rk4": 4, "dopri5": 6, "tsit5": 6}
@@ -190,3 +192,42 @@ def test_rejected_steps_keep_nothing_alive() -> None:
     state = STATE.numel() * STATE.element_size()
     # The states, the two outputs, and small change.
     assert live_bytes(run, "cpu") <= (accepted + 2 + 1) * state
+
+
+def solve_by(solver: Any, field: nn.Module) -> None:
+    model_of("symplectic", field, solver)(STATE.clone().requires_grad_(), torch.linspace(0, 1, 5))
+
+
+def test_a_solver_is_measured_once_for_all_that_are_equal_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchdyn makes a new one for each model that is given a name, and at each call of its functional ``odeint``."""
+    measured = 0
+
+    def counting(*arguments: Any) -> Tableau:
+        nonlocal measured
+        measured += 1
+        return measure(*arguments)
+
+    monkeypatch.setattr(_measuring, "measure", counting)
+    monkeypatch.setattr(_measuring, "_equal", {})
+    field = Counting()
+    solve_by("rk4", field)
+    first = measured
+    assert first > 0
+    solve_by("rk4", field)
+    solve_by(RungeKutta4(), field)
+    assert measured == first
+
+    class Other(RungeKutta4):  # type: ignore[misc]
+        pass
+
+    solve_by(Other(), field)
+    assert measured == 2 * first
+    changed = RungeKutta4()
+    nodes, coefficients, weights, error = changed.tableau
+    changed.tableau = (nodes, coefficients, weights.roll(1), error)
+    solve_by(changed, field)
+    assert measured == 3 * first
+    trained = RungeKutta4()
+    trained.unknown = object()  # a step may depend on it
+    solve_by(trained, field)
+    assert measured == 4 * first

@@ -16,6 +16,7 @@ from torchdiffeq_symplectic.benchmark.series import Axis, Case, Series
 __all__ = ["PRECISION"]
 
 END = 10.0
+NUMBERS = {"rk4": (10, 30, 100, 300, 1000), "dopri5": (10, 30, 100, 300)}
 
 
 def _build(method: str, number: int, seed: int) -> Problem:
@@ -30,8 +31,8 @@ PRECISION = Series(
     "How far does rounding in float32 take the gradient?",
     tuple(
         Case(f"{method}, {number} steps", partial(_build, method, number), number, method)
-        for method in ("rk4", "dopri5")
-        for number in (10, 30, 100, 300, 1000)
+        for method, numbers in NUMBERS.items()
+        for number in numbers
     ),
     Axis("steps N"),
     shows=("gradient_error",),

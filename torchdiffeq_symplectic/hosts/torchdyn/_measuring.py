@@ -1,16 +1,18 @@
 """Reading the coefficients of torchdyn's solvers off their own `step`.
 
 A solver is an object that may be changed at any time (its tableau is cast to the dtype of each state, and may be
-trained), so what is measured is remembered only as long as nothing in it changes.
+trained), so what is measured is remembered only as long as nothing in it changes. torchdyn's functional `odeint` makes
+a new solver at each call, so what is measured of one that is made of numbers alone serves all that are equal to it.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import types
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torchdiffeq_symplectic.tableau import Outcome, ProbeField, Tableau, Unknown
 __all__ = ["Clock", "Measured"]
 
 _REMEMBERED = 64
+_FEW = 256  # coefficients of one kind
 
 
 class Clock(NamedTuple):
@@ -67,6 +70,7 @@ class Measured:
         marks = (_mark(vars(solver)), None if interpolator is None else _mark(vars(interpolator)))
         step = getattr(type(solver), "step", None)
         self._key = (marks, id(step), type(interpolator), tuple(keys or ()))
+        self._step = step
         self._parts = step, *_values(vars(solver)), *([] if interpolator is None else _values(vars(interpolator)))
         self._tableaus = functools.cache(self._measure)
 
@@ -86,15 +90,27 @@ class Measured:
         known = _cache.setdefault(self._solver, {})
         key = (*self._key, clock, first)
         if key not in known:
-            args = _Watched(self._args) if isinstance(self._args, Mapping) and self._args else self._args
-            tableau = self._read(clock, first, args)
-            unread = not args.was_read if isinstance(args, _Watched) else args is None or isinstance(args, Mapping)
-            if not unread:
-                return tableau  # it may depend on their values
-            while len(known) >= _REMEMBERED:
-                del known[next(iter(known))]
-            known[key] = (self._parts, tableau)
+            numbers = self._numbers()
+            equal = None if numbers is None else (numbers, clock, first)
+            tableau = _equal.get(equal)
+            if tableau is None:
+                args = _Watched(self._args) if isinstance(self._args, Mapping) and self._args else self._args
+                tableau = self._read(clock, first, args)
+                unread = not args.was_read if isinstance(args, _Watched) else args is None or isinstance(args, Mapping)
+                if not unread:
+                    return tableau  # it may depend on their values
+            if equal is not None:
+                _remember(_equal, equal, tableau)
+            _remember(known, key, (self._parts, tableau))
         return known[key][1]
+
+    def _numbers(self) -> Hashable:
+        """All that the solver's step is made of, None if that is not numbers alone."""
+        try:
+            contents = _contents(vars(self._solver)), _contents(vars(self._interpolator or _NOTHING))
+        except _OtherError:
+            return None
+        return type(self._solver), self._step, type(self._interpolator), tuple(self._keys or ()), contents
 
     def _read(self, clock: Clock, first: str, args: Any) -> Tableau:
         def run() -> Tableau:
@@ -108,6 +124,17 @@ class Measured:
 
 # The parts are kept alive so that their ids stay theirs.
 _cache: weakref.WeakKeyDictionary[nn.Module, dict[Hashable, tuple[object, Tableau]]] = weakref.WeakKeyDictionary()
+_equal: dict[Hashable, Tableau] = {}
+_NOTHING = types.SimpleNamespace()
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+def _remember(cache: dict[Key, Value], key: Key, value: Value) -> None:
+    while len(cache) >= _REMEMBERED:
+        del cache[next(iter(cache))]
+    cache[key] = value
 
 
 class _Watched(Mapping[str, Any]):
@@ -226,6 +253,28 @@ def _interpolant(
     if not torch.allclose(shown, powers, rtol=1e-5, atol=1e-5):
         raise UnknownFormError("its interpolation is not the polynomial that it fits")
     return coefficients
+
+
+class _OtherError(Exception):
+    """Something is no number, and holds others than numbers."""
+
+
+def _contents(value: object) -> Hashable:
+    """Something that is equal for what is made of equal numbers, of the same types; _OtherError if it has other parts.
+
+    Numbers on another device than the CPU are not looked at, which would wait for it.
+    """
+    if value is None or isinstance(value, bool | int | float | str | torch.dtype):
+        return type(value), value
+    if type(value) is Tensor and value.device.type == "cpu" and not value.requires_grad and value.numel() <= _FEW:
+        return value.dtype, tuple(value.shape), tuple(value.flatten().tolist())
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(_contents, value))
+    if isinstance(value, dict):
+        return tuple((name, _contents(part)) for name, part in value.items())
+    if isinstance(value, set) and not value:
+        return set
+    raise _OtherError
 
 
 def _mark(value: object, inside: tuple[int, ...] = ()) -> Hashable:
