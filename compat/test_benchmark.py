@@ -42,9 +42,18 @@ def problem_of(series: str, case: str) -> Problem:
     return found.build(0)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """All of them, or one to be skipped where no benchmark is to run."""
+    options = metafunc.config.option
+    wanted = options.benchmark_only or not options.benchmark_skip
+    cases, chosen = (CASES, CONTENDERS) if wanted else (CASES[:1], CONTENDERS[:1])
+    metafunc.parametrize(
+        ("series", "case"), cases, ids=[f"{series.name}, {case.label}" for series, case in cases], scope="module"
+    )
+    metafunc.parametrize("contender", chosen, ids=[contender.name for contender in chosen])
+
+
 @pytest.mark.filterwarnings("default")  # contenders may warn
-@pytest.mark.parametrize("contender", CONTENDERS, ids=[contender.name for contender in CONTENDERS])
-@pytest.mark.parametrize(("series", "case"), CASES, ids=[f"{series.name}, {case.label}" for series, case in CASES])
 def test_gradient(benchmark: Any, series: Series, case: Case, contender: Contender) -> None:
     if (series.name, contender.name) in TOO_LONG:
         pytest.skip("takes too long")
