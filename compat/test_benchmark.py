@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from torchdiffeq_symplectic.benchmark.contenders import Contender, installed
+from torchdiffeq_symplectic.benchmark.contender import Contender
+from torchdiffeq_symplectic.benchmark.contenders import installed
 from torchdiffeq_symplectic.benchmark.problem import Problem
 from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.benchmark.series import Case, Series

@@ -12,9 +12,9 @@ from harness import Net, initial, loss_of, times
 from torch import Tensor, nn
 from torchdiffeq._impl.dopri5 import _DORMAND_PRINCE_SHAMPINE_TABLEAU as TABLEAU
 
-from torchdiffeq_symplectic.benchmark import peers
+from torchdiffeq_symplectic.benchmark import peers, torchdiffeqs
 from torchdiffeq_symplectic.benchmark.compare import compare
-from torchdiffeq_symplectic.benchmark.contenders import Contender, torchdiffeqs
+from torchdiffeq_symplectic.benchmark.contender import Contender
 from torchdiffeq_symplectic.benchmark.problem import Problem, State, as_tuple, flatten
 from torchdiffeq_symplectic.benchmark.replay import Flat
 
@@ -201,13 +201,15 @@ def test_rejected_steps_do_not_count(name: str) -> None:
 
 def test_the_comparison_has_all_of_them() -> None:
     there = [contender(name) for name in ("zuko", *METHODS)]
-    rows = compare(problem(t=times(0.0, 0.2)), [torchdiffeqs()[0], *there], repeats=1)
+    rows = compare(problem(t=times(0.0, 0.2)), [torchdiffeqs.installed()[0], *there], repeats=1)
     assert [row.note for row in rows] == [""] * 4
     assert all(getattr(row, column) is not None for row in rows for column in row.columns())
 
 
 def test_a_failure_is_a_row() -> None:
-    rows = compare(problem(field=WithUnused(), t=times(0.0, 0.2)), [torchdiffeqs()[0], contender("zuko")], repeats=1)
+    rows = compare(
+        problem(field=WithUnused(), t=times(0.0, 0.2)), [torchdiffeqs.installed()[0], contender("zuko")], repeats=1
+    )
     assert "not have been used" in rows[1].note
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torchdiffeq
 
-from torchdiffeq_symplectic.benchmark.contenders import torchdiffeqs
+from torchdiffeq_symplectic.benchmark import torchdiffeqs
 from torchdiffeq_symplectic.benchmark.problem import as_tuple, flatten
 from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.benchmark.problems.cnf import BATCH, mixture
@@ -30,7 +30,7 @@ NAMES = [
     "stall",
 ]
 CASES = [(name, case) for name, series in PROBLEMS.items() for case in series.cases]
-SYMPLECTIC = next(contender for contender in torchdiffeqs() if contender.name == "symplectic")
+SYMPLECTIC = next(contender for contender in torchdiffeqs.installed() if contender.name == "symplectic")
 
 
 def ids(cases: list[tuple[str, Case]]) -> list[str]:

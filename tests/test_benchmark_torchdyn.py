@@ -16,14 +16,13 @@ pytest.importorskip("torchdyn")
 
 from torchdyn_cases import first_step_held
 
-from torchdiffeq_symplectic.benchmark import torchdyns
+from torchdiffeq_symplectic.benchmark import torchdiffeqs, torchdyns
 from torchdiffeq_symplectic.benchmark.compare import compare
-from torchdiffeq_symplectic.benchmark.contenders import torchdiffeqs
 from torchdiffeq_symplectic.benchmark.problem import Problem, as_tuple, flatten
 from torchdiffeq_symplectic.benchmark.reference import recorded_steps
 
 CONTENDERS = {contender.name.removeprefix("torchdyn, "): contender for contender in torchdyns.installed()}
-BACKPROPAGATION = torchdiffeqs()[0]
+BACKPROPAGATION = torchdiffeqs.installed()[0]
 
 
 class Uneven(Net):

@@ -8,12 +8,13 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
+from torchdiffeq_symplectic.benchmark import torchdiffeqs
 from torchdiffeq_symplectic.benchmark.compare import compare
-from torchdiffeq_symplectic.benchmark.contenders import Contender, torchdiffeqs
+from torchdiffeq_symplectic.benchmark.contender import Contender
 from torchdiffeq_symplectic.benchmark.problem import Problem, State, as_tuple, flatten, gradient
 from torchdiffeq_symplectic.benchmark.reference import recorded_steps, reference
 
-CONTENDERS = {contender.name: contender for contender in torchdiffeqs()}
+CONTENDERS = {contender.name: contender for contender in torchdiffeqs.installed()}
 BACKPROPAGATION = CONTENDERS["backpropagation"]
 
 
@@ -187,6 +188,26 @@ def test_a_failure_is_a_row_of_others_and_an_error_of_our_own() -> None:
     assert rows[1].note == "ArithmeticError: too stiff"
     with pytest.raises(ArithmeticError, match="too stiff"):
         compare(problem(), [BACKPROPAGATION, Contender("failing", failing, may_fail=False)], repeats=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu() -> None:
+    there = problem(torch.float32).to("cuda")
+    rows = {row.contender: row for row in compare(there, list(CONTENDERS.values()), repeats=2)}
+    for name in ("backpropagation", "aca", "symplectic"):
+        error = rows[name].gradient_error
+        assert error is not None
+        assert error < 1e-5
+        assert rows[name].peak_bytes
+    assert there.y0.device.type == "cuda"  # type: ignore[union-attr]
+
+
+def test_a_problem_on_another_device_is_a_copy() -> None:
+    here = problem()
+    there = here.to("meta")
+    assert {leaf.device.type for leaf in (*there.leaves, there.t)} == {"meta"}
+    assert {leaf.device.type for leaf in (*here.leaves, here.t)} == {"cpu"}
 
 
 def test_peak_memory_counts_what_a_solve_keeps() -> None:

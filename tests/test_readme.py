@@ -3,11 +3,15 @@
 import re
 from pathlib import Path
 
+import matrix
 import pytest
 import torch
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES
+from torchdiffeq_symplectic.benchmark.markdown import report, update
+from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
+from torchdiffeq_symplectic.benchmark.results import Results
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf8")
@@ -48,3 +52,36 @@ def test_the_architecture_section_names_every_file() -> None:
     package = ROOT / "torchdiffeq_symplectic"
     names = [path.name for path in package.iterdir() if path.suffix == ".py" or path.is_dir()]
     assert [name for name in names if name not in section and name != "__pycache__"] == []
+
+
+def test_the_table_of_versions_is_that_of_the_last_run() -> None:
+    rows = matrix.read_csv(ROOT / "compat" / "matrix.csv")
+    assert matrix.replaced(README, matrix.table(rows)) == README
+
+
+def test_the_results_are_those_of_the_run_that_is_kept_beside_them(tmp_path: Path) -> None:
+    results = Results.load(ROOT / "compat" / "benchmark" / "benchmark.json")
+    readme = tmp_path / "README.md"
+    readme.write_text(README, encoding="utf-8")
+    update(readme, results)
+    assert readme.read_text(encoding="utf-8") == README
+    assert report(results) == (ROOT / "compat" / "benchmark" / "benchmark.md").read_text(encoding="utf-8")
+
+
+def test_the_csv_files_are_of_the_same_run(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason='needs the extra "benchmark"')
+    pytest.importorskip("rich", reason='needs the extra "benchmark"')
+    from torchdiffeq_symplectic.benchmark.report import write_cases
+
+    results = Results.load(ROOT / "compat" / "benchmark" / "benchmark.json")
+    assert results.problems
+    for name in results.problems:
+        write_cases(results.of(name), tmp_path / "file.csv")
+        kept = ROOT / "compat" / "benchmark" / f"{name}.csv"
+        assert kept.read_bytes() == (tmp_path / "file.csv").read_bytes()
+        assert kept.with_suffix(".png").exists()
+
+
+def test_every_problem_is_told() -> None:
+    (section,) = re.findall(r"## What is gained, and what it costs\n(.*?)\n## ", README, flags=re.DOTALL)
+    assert [name for name in PROBLEMS if f"`{name}`" not in section] == []

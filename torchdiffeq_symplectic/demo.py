@@ -163,7 +163,7 @@ def _problem(field: FlowField, x: Tensor, seed: int) -> Problem:
 
 def _contenders() -> list[Contender]:
     """Those that solve any problem by any method."""
-    return [contender for contender in torchdiffeqs() if contender.name in CONTENDERS]
+    return [contender for contender in torchdiffeqs.installed() if contender.name in CONTENDERS]
 
 
 def _draw(outcome: Outcome, path: Path) -> None:

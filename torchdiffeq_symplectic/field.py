@@ -181,7 +181,8 @@ def report_missing(tensors: Sequence[Tensor]) -> None:
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         warnings.warn(
             f"func uses {len(tensors)} tensor(s) that require a gradient but are not in adjoint_params (shapes: "
-            f"{shapes}), so they get no gradient from this solve. List them in adjoint_params, or detach them.",
+            f"{shapes}), so they get no gradient from this solve. List them in adjoint_params, in torchdyn make them "
+            "parameters of the vector field, or detach them.",
             MissingGradientWarning,
             stacklevel=2,
         )

@@ -1,7 +1,7 @@
 """Measuring gradients: their error, memory, time and field evaluations, side by side on one problem."""
 
 from torchdiffeq_symplectic.benchmark.compare import Row, compare
-from torchdiffeq_symplectic.benchmark.contenders import Contender, torchdiffeqs
+from torchdiffeq_symplectic.benchmark.contender import Contender
 from torchdiffeq_symplectic.benchmark.memory import live_bytes, peak_bytes
 from torchdiffeq_symplectic.benchmark.problem import Problem
 
@@ -12,5 +12,4 @@ __all__ = [
     "compare",
     "live_bytes",
     "peak_bytes",
-    "torchdiffeqs",
 ]

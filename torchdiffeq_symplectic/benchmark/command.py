@@ -7,7 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchdiffeq_symplectic.benchmark.contenders import BACKPROPAGATION, Contender, installed
+from torchdiffeq_symplectic.benchmark.contender import BACKPROPAGATION, Contender
+from torchdiffeq_symplectic.benchmark.contenders import installed
 from torchdiffeq_symplectic.benchmark.markdown import report, update
 from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.benchmark.results import Measured, OtherRunError, Results, Settings

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark.contenders import BACKPROPAGATION, Contender
+from torchdiffeq_symplectic.benchmark.contender import BACKPROPAGATION, Contender
 from torchdiffeq_symplectic.benchmark.memory import peak_bytes
 from torchdiffeq_symplectic.benchmark.problem import Problem, Solver, State, flatten, gradient
 from torchdiffeq_symplectic.benchmark.reference import Measure, Reference

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torchdiffeq_symplectic.benchmark.compare import Row
-from torchdiffeq_symplectic.benchmark.contenders import BACKPROPAGATION, is_own
+from torchdiffeq_symplectic.benchmark.contender import BACKPROPAGATION
+from torchdiffeq_symplectic.benchmark.contenders import is_own
 from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.benchmark.results import Measured, Results
 
@@ -42,8 +43,7 @@ def section(results: Results) -> str:
     cases = [(title, case) for name, label, title in SHOWN for case in results.of(name) if case.case == label]
     parts = [_conditions(results)]
     for heading, cell in (
-        ("Time of forward and backward pass over that of backpropagation", _time),
-        ("Peak memory over that of backpropagation", _memory),
+        ("Time / peak memory of forward and backward pass, over those of backpropagation", _time_and_memory),
         ("Relative error of the gradient, against backpropagation in float64 on the same steps", _error),
     ):
         parts.append(f"**{heading}**")
@@ -74,8 +74,9 @@ def _conditions(results: Results) -> str:
     on = f"{settings.processor}, {threads}" if settings.device == "cpu" else settings.processor
     versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
     return (
-        f"One run; {on}; {versions}. Times are medians over {settings.repeats} rounds in which all contenders take "
-        "turns, memory is counted exactly. Rows that begin with the name of a package have that package's own steps."
+        f"{on}; {versions}. Each case is one run: times are medians over {settings.repeats} rounds in which all "
+        "contenders take turns; memory is counted exactly. Rows that begin with the name of another package have that "
+        "package's own steps."
     )
 
 
@@ -178,6 +179,10 @@ def _memory(row: Row, case: Measured) -> str:
     base = case.of(BACKPROPAGATION)
     assert base is not None
     return f"{(row.peak_bytes or 0) / (base.peak_bytes or 1):.2g}"
+
+
+def _time_and_memory(row: Row, case: Measured) -> str:
+    return f"{_time(row, case)} / {_memory(row, case)}"
 
 
 def _error(row: Row, case: Measured) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark.contenders import Contender
+from torchdiffeq_symplectic.benchmark.contender import Contender
 from torchdiffeq_symplectic.benchmark.problem import Problem, Solver, State
 from torchdiffeq_symplectic.benchmark.reference import Reference
 from torchdiffeq_symplectic.benchmark.replay import Flat, Step, Taken, accepted, recorded, repeated, without_equal

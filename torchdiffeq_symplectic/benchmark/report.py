@@ -43,7 +43,9 @@ def table(rows: Sequence[Row], title: str = "One gradient, the same accepted ste
     for row in rows:
         if not row.note:
             result.add_row(row.contender, *_cells(row))
-    result.caption = "\n".join(f"{row.contender}: {row.note}" for row in rows if row.note) or None
+    notes = dict.fromkeys(row.note for row in rows if row.note)
+    noted = ["; ".join(row.contender for row in rows if row.note == note) + f": {note}" for note in notes]
+    result.caption = "\n".join(noted) or None
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torchdiffeq_symplectic.benchmark.compare import compare
-from torchdiffeq_symplectic.benchmark.contenders import Contender
+from torchdiffeq_symplectic.benchmark.contender import Contender
 from torchdiffeq_symplectic.benchmark.results import Measured, Results
 from torchdiffeq_symplectic.benchmark.series import Case, Series
 
