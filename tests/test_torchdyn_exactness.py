@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from typing import Any
 
 import pytest
@@ -218,6 +219,22 @@ def test_rejected_steps_leave_no_trace(mode: str, solver: str, direction: str) -
     with steps_recorded(instance) as calls:
         problem.solve("autograd")
     assert len(accepted(calls)) < len(calls)
+    assert_exact(problem, mode)
+
+
+@pytest.mark.parametrize("solver", ["dopri5", "tsit5", "stale-heun"])
+@each_mode
+def test_the_first_steps_are_rejected(mode: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first slope is that of before them; it was taken to be one of the rejected step's."""
+    monkeypatch.setattr(
+        sys.modules["torchdyn.numerics.odeint"], "init_step", lambda *_: torch.tensor(0.9, dtype=DOUBLE)
+    )
+    instance = _stiffening(solver).settings["solver"]
+    problem = _stiffening(solver)
+    problem.settings |= {"solver": instance, "atol": 1e-5, "rtol": 1e-5}
+    with steps_recorded(instance) as calls:
+        problem.solve("autograd")
+    assert calls[0].x is calls[1].x
     assert_exact(problem, mode)
 
 

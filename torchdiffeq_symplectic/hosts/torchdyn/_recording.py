@@ -112,6 +112,7 @@ class Recorder:
         self._is_whole = False
         self._whole: Whole | None = None
         self._attempt: _Attempt | None = None
+        self._attempted = False
         self._heard = _Heard()
         self._form: Tableau | Whole | None = None
         self._total: Tensor | None = None
@@ -162,8 +163,9 @@ class Recorder:
         """In the place of ``solver.step``."""
         listener = self._listener
         self._settle(x)
-        first = self._form is None
-        if first:
+        first = not self._attempted
+        self._attempted = True
+        if first:  # not if it is the same step again, after one that was rejected
             self.field = f
             self._heard = _Heard.of(listener).only(slice(1))
         listener.start_step()
