@@ -122,6 +122,14 @@ def test_files_have_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "symplectic" in terminal
 
 
+def test_a_contender_that_is_left_out_of_a_case_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left_out = Case("one", partial(build, 3), without={"adjoint": "takes too long"})
+    monkeypatch.setitem(SERIES, "single", Series("single", "What is gained?", (left_out,)))
+    assert call("single", "--modes", "adjoint", "--repeats", "1", out=tmp_path) == 0
+    (found,) = Results.load(tmp_path / "benchmark.json").of("single")
+    assert [(one.contender, one.note) for one in found.rows] == [("backpropagation", ""), ("adjoint", "takes too long")]
+
+
 def test_series_without_an_axis_is_drawn(tmp_path: Path, measured: list[str]) -> None:
     assert call("single", out=tmp_path) == 0
     assert (tmp_path / "single.png").read_bytes().startswith(b"\x89PNG")

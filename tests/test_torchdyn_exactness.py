@@ -222,7 +222,7 @@ def test_rejected_steps_leave_no_trace(mode: str, solver: str, direction: str) -
     assert_exact(problem, mode)
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "tsit5", "stale-heun"])
+@pytest.mark.parametrize("solver", ["dopri5", "tsit5", pytest.param("stale-heun", marks=pytest.mark.slow)])
 @each_mode
 def test_the_first_steps_are_rejected(mode: str, solver: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first slope is that of before them; it was taken to be one of the rejected step's."""

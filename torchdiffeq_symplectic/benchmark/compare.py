@@ -19,7 +19,7 @@ from torchdiffeq_symplectic.benchmark.memory import peak_bytes
 from torchdiffeq_symplectic.benchmark.problem import Problem, Solver, State, flatten, gradient
 from torchdiffeq_symplectic.benchmark.reference import Measure, Reference
 
-__all__ = ["Row", "compare"]
+__all__ = ["BudgetError", "Counter", "Row", "compare"]
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,14 @@ def _try(
     reason = contender.refusal(problem)
     if reason is not None:
         return {"note": reason}
-    counter = _Counter(budget)
+    counter = Counter(budget)
     try:
         loss = problem.loss(problem.solve(counter.around(contender.solve)))
         forward = counter.evaluations
         found = flatten(gradient(loss, problem.leaves))
         if contender.reference not in references:
             references[contender.reference] = contender.reference(problem)
-    except _BudgetError:
+    except BudgetError:
         return {"note": f"stopped after {budget} evaluations"}
     except Exception as error:
         if not contender.may_fail:
@@ -137,21 +137,26 @@ def _try(
     }
 
 
-class _BudgetError(Exception):
+class BudgetError(Exception):
     """The field has been evaluated too often."""
 
 
-class _Counter:
-    """How often the fields have been called."""
+class Counter:
+    """How often the fields have been called.
+
+    Args:
+        budget: after so many calls :class:`BudgetError` is raised.
+    """
 
     def __init__(self, budget: int | None) -> None:
         self.evaluations = 0
         self._budget = budget
 
     def count(self) -> None:
+        """Count a call; BudgetError if it is one too many."""
         self.evaluations += 1
         if self._budget is not None and self.evaluations > self._budget:
-            raise _BudgetError
+            raise BudgetError
 
     def around(self, solver: Solver) -> Solver:
         """``solver``, given each field as one that counts."""

@@ -157,7 +157,7 @@ def _losses(cases: Sequence[tuple[str, Measured]]) -> Iterable[str]:
             others = [row for row in case.rows if not row.note and not is_own(row.contender)]
             better = [row.contender for row in others if own and getattr(row, quantity) < min(own)]
             if better:
-                found.append(f"{title}: {', '.join(map(_code, better))}")
+                found.append(f"{title}: {' · '.join(map(_code, better))}")
         if found:
             yield f"{words} than every mode of this package: {'; '.join(found)}."
 

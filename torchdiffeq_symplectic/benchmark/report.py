@@ -28,7 +28,7 @@ MARKERS = ("s", "X", "^", "v", "o", "D")
 DASHES = ("-", "--", ":", "-.")  # one for each six contenders
 LABELS = {
     "gradient_error": "relative error of the gradient",
-    "peak_bytes": "peak memory of forward and backward [MiB]",
+    "peak_bytes": "peak memory [MiB]",
     "relative_time": "time over that of backpropagation",
 }
 

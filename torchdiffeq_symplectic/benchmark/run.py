@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from torchdiffeq_symplectic.benchmark.compare import compare
@@ -39,7 +40,7 @@ def run(
         problem = case.build(settings.seed).to(settings.device)
         rows = compare(
             problem,
-            contenders,
+            [_in(case, contender) for contender in contenders],
             settings.repeats,
             series.budget,
             lambda doing, at=f"{series.name}: {case.label}": tell(f"{at}, {doing}"),  # type: ignore[misc]
@@ -47,3 +48,9 @@ def run(
         measured = Measured(series.name, case.label, case.value, case.panel, tuple(rows))
         results.add(measured)
         done(measured)
+
+
+def _in(case: Case, contender: Contender) -> Contender:
+    """``contender``, which refuses ``case`` if it is to be left out there."""
+    reason = case.without.get(contender.name)
+    return contender if reason is None else dataclasses.replace(contender, refusal=lambda problem: reason)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torchdiffeq_symplectic.benchmark.problem import Problem
@@ -19,12 +20,14 @@ class Case:
         build: makes it on the CPU, given a seed; torch's global generators are left as they are.
         value: what varies along the series, if something does.
         panel: cases of one panel make up one curve for each contender.
+        without: contenders that are left out: name -> why.
     """
 
     label: str
     build: Callable[[int], Problem]
     value: float | None = None
     panel: str = ""
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
