@@ -231,3 +231,5 @@ def test_a_solver_is_measured_once_for_all_that_are_equal_to_it(monkeypatch: pyt
     trained.unknown = object()  # a step may depend on it
     solve_by(trained, field)
     assert measured == 4 * first
+    solve_by(Other(), field)  # a class of one's own may depend on more than its instances hold
+    assert measured == 5 * first

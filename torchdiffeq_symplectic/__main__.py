@@ -104,7 +104,6 @@ def _benchmark(arguments: argparse.Namespace) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
-
     from torchdiffeq_symplectic import demo
 
     _make_directory(arguments)
@@ -158,7 +157,6 @@ def _add_resnet(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 
 def _resnet(arguments: argparse.Namespace) -> int:
-
     from torchdiffeq_symplectic.resnet import command
 
     _make_directory(arguments)

@@ -111,9 +111,12 @@ def _measure(series: list[Series], chosen: list[Contender], results: Results, pa
 
     from torchdiffeq_symplectic.benchmark.report import table
 
+    def show(measured: Measured) -> None:
+        console.print(table(measured.rows, f"{measured.problem}: {measured.case}"))
+
     for name in results.problems:
         for measured in results.of(name):
-            console.print(table(measured.rows, f"{measured.problem}: {measured.case}"))
+            show(measured)
     cases = missing(series, chosen, results)
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console) as progress, contextlib.suppress(KeyboardInterrupt):
@@ -122,7 +125,7 @@ def _measure(series: list[Series], chosen: list[Contender], results: Results, pa
         def done(measured: Measured) -> None:
             results.save(path)
             progress.update(task, advance=1)
-            console.print(table(measured.rows, f"{measured.problem}: {measured.case}"))
+            show(measured)
 
         run(cases, chosen, results, done, lambda doing: progress.update(task, description=doing))
         progress.update(task, description="")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from torchdiffeq_symplectic.benchmark.compare import Row
 from torchdiffeq_symplectic.benchmark.contender import BACKPROPAGATION
 from torchdiffeq_symplectic.benchmark.contenders import is_own
+from torchdiffeq_symplectic.benchmark.memory import MIB
 from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.benchmark.results import Measured, Results
 
@@ -40,7 +40,7 @@ def report(results: Results) -> str:
 
 def section(results: Results) -> str:
     """Ratios to backpropagation on the cases that `SHOWN` names, as far as they were measured."""
-    cases = [(title, case) for name, label, title in SHOWN for case in results.of(name) if case.case == label]
+    cases = [(title, case) for name, label, title in SHOWN if (case := results.get(name, label)) is not None]
     parts = [_conditions(results)]
     for heading, cell in (
         ("Time / peak memory of forward and backward pass, over those of backpropagation", _time_and_memory),
@@ -48,8 +48,9 @@ def section(results: Results) -> str:
     ):
         parts.append(f"**{heading}**")
         parts.append(_table(cases, cell))
-    if results.of("tolerance"):
-        parts += ["**Error of the gradient over the tolerance**, in float64 (`tolerance`)", _tolerances(results)]
+    tolerances = [(case.case.replace(" rtol", ""), case) for case in results.of("tolerance")]
+    if tolerances:
+        parts += ["**Error of the gradient over the tolerance**, in float64 (`tolerance`)", _table(tolerances, _error)]
     parts.append("\n".join(f"- {line}" for line in (*_gains(results), *_losses(cases))))
     return "\n\n".join(parts)
 
@@ -91,7 +92,7 @@ def _full(case: Measured) -> str:
             (
                 row.contender,
                 _error(row, case),
-                f"{(row.peak_bytes or 0) / 2**20:.2f}",
+                f"{(row.peak_bytes or 0) / MIB:.2f}",
                 _memory(row, case),
                 _time(row, case),
                 f"{row.relative_time_low:.2f} … {row.relative_time_high:.2f}",
@@ -112,16 +113,6 @@ def _table(cases: Sequence[tuple[str, Measured]], cell: Callable[[Row, Measured]
         cells = ["" if row is None else cell(row, case) for row, case in found]
         if any(cells):
             lines.append((_code(name), *cells))
-    return _rows(lines)
-
-
-def _tolerances(results: Results) -> str:
-    cases = results.of("tolerance")
-    lines = [("", *(re.sub(r"(\D+), rtol (.*)", r"\1, \2", case.case) for case in cases))]
-    for name in _names(cases):
-        rows = [(case.of(name), case) for case in cases]
-        if any(row for row, _ in rows):
-            lines.append((_code(name), *("" if row is None else _error(row, case) for row, case in rows)))
     return _rows(lines)
 
 
@@ -163,11 +154,11 @@ def _losses(cases: Sequence[tuple[str, Measured]]) -> Iterable[str]:
 
 
 def _ratio(results: Results, problem: str, label: str, quantity: str, above: str, below: str) -> float | None:
-    for case in results.of(problem):
-        one, other = case.of(above), case.of(below)
-        if case.case == label and one is not None and other is not None:
-            return float(getattr(one, quantity)) / float(getattr(other, quantity))
-    return None
+    case = results.get(problem, label)
+    one, other = (case.of(above), case.of(below)) if case is not None else (None, None)
+    if one is None or other is None:
+        return None
+    return float(getattr(one, quantity)) / float(getattr(other, quantity))
 
 
 def _time(row: Row, case: Measured) -> str:

@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["live_bytes", "peak_bytes"]
+__all__ = ["MIB", "live_bytes", "peak_bytes"]
+
+MIB = 2**20
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device | str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 
@@ -16,12 +16,12 @@ from rich.table import Table
 
 from torchdiffeq_symplectic.benchmark.compare import Row
 from torchdiffeq_symplectic.benchmark.contenders import is_own
+from torchdiffeq_symplectic.benchmark.memory import MIB
 from torchdiffeq_symplectic.benchmark.results import Measured
 from torchdiffeq_symplectic.benchmark.series import Axis, Series
 
 __all__ = ["COLOURS", "MARKERS", "draw", "plot", "table", "write_cases", "write_csv"]
 
-MIB = 2**20
 # Okabe and Ito's palette, which the colour-blind tell apart (https://jfly.uni-koeln.de/color/), and as many markers.
 COLOURS = ("#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 MARKERS = ("s", "X", "^", "v", "o", "D")
@@ -62,20 +62,20 @@ def _cells(row: Row) -> list[str]:
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
     """A line for each row; the columns are named as :class:`Row`'s attributes."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, Row.columns())
-        writer.writeheader()
-        writer.writerows(dataclasses.asdict(row) for row in rows)
+    _write(path, Row.columns(), map(dataclasses.asdict, rows))
 
 
 def write_cases(cases: Sequence[Measured], path: Path) -> None:
     """A line for each row of each case: the case and its value, then as :func:`write_csv`."""
+    lines = ({"case": case.case, "value": case.value, **dataclasses.asdict(row)} for case in cases for row in case.rows)
+    _write(path, ["case", "value", *Row.columns()], lines)
+
+
+def _write(path: Path, columns: Sequence[str], lines: Iterable[Mapping[str, object]]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["case", "value", *Row.columns()])
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
-        writer.writerows(
-            {"case": case.case, "value": case.value, **dataclasses.asdict(row)} for case in cases for row in case.rows
-        )
+        writer.writerows(lines)
 
 
 def plot(rows: Sequence[Row], axes: Axes) -> None:

@@ -133,8 +133,12 @@ class Results:
 
     def has(self, problem: str, case: str, contenders: Iterable[str]) -> bool:
         """Whether a case has been measured with all of ``contenders``."""
-        found = self._cases.get((problem, case))
+        found = self.get(problem, case)
         return found is not None and set(contenders) <= {row.contender for row in found.rows}
+
+    def get(self, problem: str, case: str) -> Measured | None:
+        """A case by its series and its label, None if it has not been measured."""
+        return self._cases.get((problem, case))
 
     def of(self, problem: str) -> list[Measured]:
         """The cases of a series that have been measured."""

@@ -2,7 +2,7 @@
 
 A solver is an object that may be changed at any time (its tableau is cast to the dtype of each state, and may be
 trained), so what is measured is remembered only as long as nothing in it changes. torchdyn's functional `odeint` makes
-a new solver at each call, so what is measured of one that is made of numbers alone serves all that are equal to it.
+a new solver at each call, so what is measured of one of torchdyn's that is made of numbers alone serves all its equals.
 """
 
 from __future__ import annotations
@@ -99,13 +99,18 @@ class Measured:
                 unread = not args.was_read if isinstance(args, _Watched) else args is None or isinstance(args, Mapping)
                 if not unread:
                     return tableau  # it may depend on their values
-            if equal is not None:
-                _remember(_equal, equal, tableau)
+                if equal is not None:
+                    _remember(_equal, equal, tableau)
             _remember(known, key, (self._parts, tableau))
         return known[key][1]
 
     def _numbers(self) -> Hashable:
-        """All that the solver's step is made of, None if that is not numbers alone."""
+        """All that the step of one of torchdyn's own solvers is made of, None if that is not numbers alone.
+
+        A class of somebody else's may have steps that depend on more than its instances hold.
+        """
+        if not (_is_torchdyns(self._solver) and (self._interpolator is None or _is_torchdyns(self._interpolator))):
+            return None
         try:
             contents = _contents(vars(self._solver)), _contents(vars(self._interpolator or _NOTHING))
         except _OtherError:
@@ -253,6 +258,10 @@ def _interpolant(
     if not torch.allclose(shown, powers, rtol=1e-5, atol=1e-5):
         raise UnknownFormError("its interpolation is not the polynomial that it fits")
     return coefficients
+
+
+def _is_torchdyns(value: object) -> bool:
+    return type(value).__module__.partition(".")[0] == "torchdyn"
 
 
 class _OtherError(Exception):
