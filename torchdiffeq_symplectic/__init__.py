@@ -5,12 +5,17 @@
 neither: ``with use("symplectic"):``.
 """
 
-from torchdiffeq_symplectic.check import ReplayError, ReplayWarning
-from torchdiffeq_symplectic.field import MissingGradientWarning
+from torchdiffeq_symplectic.context import set_default, use
+from torchdiffeq_symplectic.errors import (
+    EscapedGraphWarning,
+    MissingGradientWarning,
+    ReplayError,
+    ReplayWarning,
+    UnsupportedSolverError,
+)
 from torchdiffeq_symplectic.hosts.torchdiffeq import odeint_adjoint
 from torchdiffeq_symplectic.modes import MODES
 from torchdiffeq_symplectic.registry import register, unregister
-from torchdiffeq_symplectic.switch import set_default, use
 
 __version__ = "0.2.0"
 
@@ -25,9 +30,11 @@ __all__ = [
     "register",
     "unregister",
     # what may be reported
+    "EscapedGraphWarning",
     "MissingGradientWarning",
     "ReplayError",
     "ReplayWarning",
+    "UnsupportedSolverError",
 ]
 
 register()

@@ -1,188 +1,366 @@
-"""Evaluating a solve's field again: slopes, whole steps, and every vector-Jacobian product that the modes make."""
+"""The field of a solve: listened to while the host solves, and evaluated again in backward.
+
+In backward an evaluation is *cut* out of the graph of its step: a cut call keeps only ``(t, Y)``. When its cotangent
+arrives, the field is evaluated there once more with its graph, pulled back, and dropped. So the graph of one evaluation
+is alive at a time, and a step's adjoint is the symplectic partner of the step (Matsubara, Miyatake, Yaguchi, NeurIPS
+2021, https://arxiv.org/abs/2102.09750): for explicit Runge-Kutta methods, autograd through the step is the partitioned
+method whose coefficients satisfy ``b_i A_ij + b_j a_ji = b_i b_j``, and no weight is divided by.
+"""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from torchdiffeq_symplectic.engine import vector_jacobian_product
-from torchdiffeq_symplectic.graph import edge_of, reachable
-from torchdiffeq_symplectic.surroundings import Surroundings
-from torchdiffeq_symplectic.tableau import Whole
+from torchdiffeq_symplectic.engine import vector_jacobian_products
+from torchdiffeq_symplectic.errors import ReplayError
+from torchdiffeq_symplectic.graph import Gate, Gated, edge_of, reached
+from torchdiffeq_symplectic.products import Products
+from torchdiffeq_symplectic.replay import Conditions
+from torchdiffeq_symplectic.tape import Step
+from torchdiffeq_symplectic.uses import Captured, Substituted, derived
 
-__all__ = ["Field", "Linearisation", "MissingGradientWarning"]
-
-# Up to this many parameters, autograd is asked for all of them at every stage; above, only for those in its graph.
-_ASK_FOR_ALL = 64
-
-
-class MissingGradientWarning(UserWarning):
-    """A tensor that needs a gradient is used by the field but is in no list of parameters, so it gets none."""
+__all__ = ["Call", "Field", "Linearisation", "Listener"]
 
 
-class Field:
-    """The vector field ``f(t, y)`` of one solve, evaluated as the host evaluated it.
-
-    Args:
-        func: ``func(t, y)``, with the host's own wrappers where they change values.
-        params: tensors whose gradients are accumulated; they may be leaves or results of other operations.
-        surroundings: what else ``func`` depends on.
-        wants_time: whether products with respect to ``t`` are needed.
-        ignore: tensors whose missing gradient is nobody's oversight; None if nothing can be missing.
-        dtype, shape: of the state; slopes are cast and expanded to them, as the hosts do.
+class Call(NamedTuple):
+    """An evaluation of the field in the forward pass.
 
     Attributes:
-        param_grads: the products with respect to ``params`` summed so far; zeros where a parameter is not used.
-        walks: whether to look in a stage's graph for the parameters it reaches: at first, and where there are many.
-        slope_dtype: a dtype that slopes are computed in, where it is not the state's, or None.
+        draw: the random state before it.
+        slope: what it gave, if that is kept.
+        new: captured tensors that it reached and no evaluation before it.
+    """
+
+    draw: Tensor
+    slope: Any
+    new: Sequence[Tensor]
+
+
+class Listener:
+    """The field in the place where a host's solver calls it. Once it is `closed`, nothing but the field.
+
+    Args:
+        func: ``func(t, y, ...)``.
+        conditions: what else it depends on.
+        captured: finds the tensors that it uses.
+        looks: in how many evaluations; None for all.
+        keeps_slopes: whether slopes are kept.
+
+    Attributes:
+        calls: the evaluations since `start_step`.
     """
 
     def __init__(
         self,
-        func: Callable[[Tensor, Tensor], Tensor],
-        params: Sequence[Tensor],
-        surroundings: Surroundings,
-        *,
-        wants_time: bool,
-        ignore: Iterable[Tensor] | None,
-        dtype: torch.dtype,
-        shape: torch.Size,
+        func: Callable[..., Any],
+        conditions: Conditions,
+        captured: Captured,
+        looks: int | None = None,
+        keeps_slopes: bool = False,
     ) -> None:
         self._func = func
-        self._surroundings = surroundings
-        self.params = tuple(params)
-        self.wants_time = wants_time
-        self.dtype, self.shape = dtype, shape
-        self.slope_dtype = surroundings.autocast_dtype
-        self.param_grads = [torch.zeros_like(param) for param in params]
-        self._ignore = {id(tensor) for tensor in ignore or ()}
-        self._complete = ignore is None
-        self.walks = True
-        self._checked = False
-        self._nodes: dict[torch.autograd.graph.Node, list[int]] = {}
+        self._conditions: Conditions | None = conditions
+        self._captured = captured
+        self._looks = looks
+        self._seen = 0
+        self._keeps_slopes = keeps_slopes
+        self.calls: list[Call] = []
 
-    def __call__(self, t: Tensor, y: Tensor, random: Tensor | None) -> Tensor:
-        """The slope ``f(t, y)`` in the present gradient mode, of the state's shape and dtype."""
-        slope = self._as_in_the_solve(self._func, (t, y), random)
-        if slope.dtype != self.dtype:
-            self.slope_dtype = slope.dtype
-            slope = slope.to(self.dtype)
-        return slope if slope.shape == self.shape else slope.expand(self.shape)
+    def start_step(self) -> None:
+        """Forget the evaluations so far."""
+        self.calls = []
 
-    def advance(self, whole: Whole, t: Tensor, h: Tensor, y: Tensor, random: Tensor | None) -> Tensor:
-        """The state after a step that is done again as a whole, in the present gradient mode."""
-        state = self._as_in_the_solve(whole.advance, (t, h, y), random)
-        return state if state.dtype == self.dtype else state.to(self.dtype)
+    @property
+    def drew(self) -> bool:
+        """Whether an evaluation since `start_step` drew random numbers, or one made elsewhere since.
 
-    def _as_in_the_solve(
-        self, function: Callable[..., Tensor], arguments: tuple[Tensor, ...], random: Tensor | None
-    ) -> Tensor:
-        if random is not None:
-            self._surroundings.random.set(random)
-        if self._surroundings.autocast_dtype is None:
-            return function(*arguments)
-        with self._surroundings.autocast():
-            return function(*arguments)
-
-    def linearise(self, t: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
-        """Evaluate the field with its graph at fresh leaves; to be called where gradients are enabled."""
-        y, (t,) = self._leaves(y, t)
-        return Linearisation(self, self(t, y, random), y, (t,))
-
-    def linearise_step(self, whole: Whole, t: Tensor, h: Tensor, y: Tensor, random: Tensor | None) -> Linearisation:
-        """Do a whole step with its graph at fresh leaves; to be called where gradients are enabled."""
-        y, (t, h) = self._leaves(y, t, h)
-        return Linearisation(self, self.advance(whole, t, h, y, random), y, (t, h))
-
-    def _leaves(self, y: Tensor, *times: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        return y.detach().requires_grad_(), tuple(time.detach().requires_grad_(self.wants_time) for time in times)
-
-    def params_in(self, slope: Tensor, known: Iterable[Tensor]) -> Sequence[int]:
-        """The parameters that the graph of ``slope`` reaches.
-
-        At the first call also report what the graph reaches that is neither a parameter nor ``known``. To look for the
-        parameters at every stage pays where there are many: a deep network asked for all of them at each of its blocks
-        would be quadratic in its depth.
+        Asked once a step: reading the random state is quick, comparing it is not.
         """
-        if not self._nodes:
-            self._nodes = self._locate_params()
-        if self._checked:
-            return sorted(reachable([edge_of(slope).node], self._nodes)[0])
-        self._checked = True
-        self.walks = len(self.params) > _ASK_FOR_ALL
-        stops = {edge_of(tensor).node: () for tensor in known if tensor.requires_grad}
-        found, others = reachable([edge_of(slope).node], {**stops, **self._nodes})
-        if not self._complete:
-            report_missing([tensor for tensor in others if id(tensor) not in self._ignore])
-        return sorted(found)
+        assert self._conditions is not None
+        return bool(self.calls) and not torch.equal(self.calls[0].draw, self._conditions.random.get())
 
-    def _locate_params(self) -> dict[torch.autograd.graph.Node, list[int]]:
-        """Where the parameters stand in autograd's graph; ValueError if one is computed from another."""
-        nodes: dict[torch.autograd.graph.Node, list[int]] = {}
-        for i, param in enumerate(self.params):
-            nodes.setdefault(edge_of(param).node, []).append(i)
-        for param in self.params:
-            if param.grad_fn is not None:
-                behind, _ = reachable([following for following, _ in param.grad_fn.next_functions], nodes)
-                if behind:
-                    raise ValueError(
-                        f"adjoint_params lists a tensor of shape {tuple(param.shape)} and also one of shape "
-                        f"{tuple(self.params[min(behind)].shape)} that it is computed from, whose gradient would be "
-                        "counted twice. List one of the two."
-                    )
-        return nodes
+    def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._conditions is None:
+            return self._func(t, y, *args, **kwargs)
+        draw = self._conditions.random.get()
+        new: Sequence[Tensor] = ()
+        if self._looks is None or self._seen < self._looks:
+            slope, new = self._captured.evaluate(self._func, t, y, *args, **kwargs)
+            if not self._seen:
+                self._conditions.evaluated()
+            self._seen += 1
+        else:
+            slope = self._func(t, detached(y), *args, **kwargs)
+            slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
+        self.calls.append(Call(draw, slope if self._keeps_slopes else None, new))
+        return slope
+
+    def close(self) -> None:
+        """Listen no more, and keep nothing of what was heard: a replay calls the field through this."""
+        self._conditions = None
+        self.calls = []
 
 
-class Linearisation:
-    """The slope at one stage, or the state after a whole step, with its graph, good for one vector-Jacobian product.
+def detached(value: Any) -> Any:
+    """The same without graphs."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
 
-    Args:
-        field: where products with respect to parameters are accumulated.
-        value: the slope or state.
-        y: the state it is a function of, a leaf.
-        times: the times it is a function of, leaves.
+
+class Linearisation(NamedTuple):
+    """An evaluation with its graph, good for one vector-Jacobian product.
+
+    Attributes:
+        number: of the evaluation in its step.
+        value: the slope.
+        leaves: what it is a function of: the parts of the state, and the time if products with it are wanted.
     """
 
-    __slots__ = ("_field", "times", "value", "y")
-
-    def __init__(self, field: Field, value: Tensor, y: Tensor, times: tuple[Tensor, ...]) -> None:
-        self._field, self.value, self.y, self.times = field, value, y, times
-
-    def pull_back(self, cotangent: Tensor) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        """The products with the Jacobians in ``y`` and ``times``, None for zero; those in parameters are accumulated.
-
-        ``cotangent`` has the state's shape. The graph is kept for what lies outside of the stage: a tensor that the
-        field closes over may be derived from a parameter, and is then walked again at every stage.
-        """
-        field, value = self._field, self.value
-        if not value.requires_grad:
-            return None, (None,) * len(self.times)
-        params, totals = field.params, field.param_grads
-        if field.walks:
-            chosen = field.params_in(value, (self.y, *self.times))
-            params, totals = tuple(params[i] for i in chosen), [totals[i] for i in chosen]
-        leading = (self.y, *self.times) if field.wants_time else (self.y,)
-        grads = vector_jacobian_product(value, (*leading, *params), cotangent)
-        products = [grad for grad in grads[len(leading) :] if grad is not None]
-        if products:
-            if len(products) < len(totals):
-                used = zip(totals, grads[len(leading) :], strict=True)
-                totals = [total for total, grad in used if grad is not None]
-            torch._foreach_add_(totals, products)
-        return grads[0], grads[1 : len(leading)] if field.wants_time else (None,) * len(self.times)
+    number: int
+    value: Any
+    leaves: tuple[Tensor, ...]
 
 
-def report_missing(tensors: Sequence[Tensor]) -> None:
-    """Warn of tensors that the field uses and whose gradient nobody asked for."""
-    if tensors:
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
-        warnings.warn(
-            f"func uses {len(tensors)} tensor(s) that require a gradient but are not in adjoint_params (shapes: "
-            f"{shapes}), so they get no gradient from this solve. List them in adjoint_params, in torchdyn make them "
-            "parameters of the vector field, or detach them.",
-            MissingGradientWarning,
-            stacklevel=2,
+# Up to this many tensors, autograd is asked for all of them at every evaluation; above, only for those in its graph.
+_ASK_FOR_ALL = 64
+
+
+class Field:
+    """The field of a recorded solve, evaluated again step by step.
+
+    Args:
+        func: as the host's solver calls it.
+        targets: the tensors that it is differentiated with respect to, besides state and time.
+        conditions: what else it depends on.
+        wants_time: whether products with the time are needed.
+        expected: targets, by number, that the evaluation of a step and number must reach.
+        linked: whether products are to be differentiable with respect to the targets.
+        retains: whether the graph of an evaluation goes on into graphs made before, which must be kept.
+
+    Attributes:
+        cuts: whether calls are cut out of the graph of their step.
+        retains: as given; count: the number of targets.
+        gate: between the targets and what they were computed from, where ``linked``.
+        products: the products with the targets, summed.
+    """
+
+    def __init__(
+        self,
+        func: Callable[..., Any],
+        targets: Sequence[Tensor],
+        conditions: Conditions,
+        *,
+        wants_time: bool,
+        expected: Mapping[tuple[int, int], Sequence[int]],
+        linked: bool = False,
+        retains: bool = False,
+    ) -> None:
+        self._func = func
+        self._conditions = conditions
+        self._expected = expected
+        self._present = [i for i, target in enumerate(targets) if target.requires_grad]
+        self.retains = retains
+        self.wants_time = wants_time
+        self.cuts = True
+        self.count = len(targets)
+        self.gate = Gate()
+        self.products = Products(targets)
+        self._standing = list(targets)
+        self._substituted: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        apart = _apart(targets)
+        if apart:
+            aliases = {
+                i: Gated.apply(targets[i], self.gate) if linked else targets[i].detach().requires_grad_() for i in apart
+            }
+            self._substituted = Substituted((targets[i], alias) for i, alias in aliases.items())
+            self._standing = [aliases.get(i, target) for i, target in enumerate(targets)]
+        self._asked = [self._standing[i] for i in self._present]
+        self._edges: dict[tuple[Any, int], int] = {}
+        self._step: Step | None = None
+        self._number = 0
+
+    def start_step(self, step: Step) -> None:
+        """Evaluate what ``step`` evaluated from here on."""
+        self._step = step
+        self._number = 0
+
+    def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """The slope, as the next evaluation of the present step."""
+        assert self._step is not None
+        number, self._number = self._number, self._number + 1
+        slopes = self._step.slopes
+        if not self.cuts:
+            return self.evaluate(number, t, y, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return self.evaluate(number, t, y, *args, **kwargs) if slopes is None else slopes[number]
+        call = _CutCall(self, self._step, number, args, kwargs)
+        if isinstance(y, Tensor):
+            return call.unpack(_Cut.apply(call, t, y))
+        parts, call.rebuild = pytree.tree_flatten(y)
+        return call.unpack(_Cut.apply(call, t, *parts))
+
+    def evaluate(self, number: int, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """``func(t, y)`` as evaluation ``number`` of the step did it, in the present gradient mode."""
+        assert self._step is not None
+        return self.evaluate_as(self._step.draws[number] if self._step.draws else None, t, y, *args, **kwargs)
+
+    def evaluate_as(self, draw: Tensor | None, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """``func(t, y)`` with these random numbers."""
+        if draw is not None:
+            self._conditions.random.set(draw)
+        with self._substituted, self._conditions.autocast():
+            return self._func(t, y, *args, **kwargs)
+
+    def linearise(self, number: int, t: Tensor, *y: Tensor, call: _CutCall | None = None) -> Linearisation:
+        """Evaluation ``number`` of the step, with its graph, at fresh leaves."""
+        leaves = [part.detach() for part in y]
+        for part in leaves:
+            if part.is_floating_point() or part.is_complex():
+                part.requires_grad_()
+        t = t.detach().requires_grad_(self.wants_time)
+        with torch.enable_grad():
+            if call is None:
+                value = self.evaluate(number, t, *leaves)
+            else:
+                value = self.evaluate(number, t, call.pack(leaves), *call.args, **call.kwargs)
+        return Linearisation(number, value, (*leaves, t) if self.wants_time else tuple(leaves))
+
+    def pull_back(
+        self, linearisation: Linearisation, values: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The products with the Jacobians in the leaves, None for zero; those in the targets are summed."""
+        assert self._step is not None
+        pairs = [
+            (value, cotangent)
+            for value, cotangent in zip(values, cotangents, strict=True)
+            if cotangent is not None and value.requires_grad
+        ]
+        key = self._step.number, linearisation.number
+        leaves = linearisation.leaves
+        if not pairs:
+            self._compare(key, ())
+            return [None] * len(leaves)
+        asked = self._present
+        tensors: Sequence[Tensor] = self._asked
+        if len(asked) > _ASK_FOR_ALL:
+            asked = self.reached_by(value for value, _ in pairs)
+            tensors = [self._standing[i] for i in asked]
+        able = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        found = vector_jacobian_products(
+            tuple(value for value, _ in pairs),
+            (*(leaves[i] for i in able), *tensors),
+            tuple(cotangent for _, cotangent in pairs),
+            self.retains,
         )
+        products = found[len(able) :]
+        self.products.add(asked, products)
+        if key in self._expected:
+            self._compare(key, [i for i, product in zip(asked, products, strict=True) if product is not None])
+        result: list[Tensor | None] = [None] * len(leaves)
+        for i, product in zip(able, found, strict=False):
+            result[i] = product
+        return result
+
+    def reached_by(self, values: Any) -> list[int]:
+        """The targets, by number, that the graph of ``values`` reaches."""
+        if not self._edges:
+            self._edges = {edge_of(self._standing[i]): i for i in self._present}
+        met, _ = reached(map(edge_of, values), self._edges)
+        return sorted(self._edges[edge] for edge in met)
+
+    def direct(self) -> tuple[list[int], Sequence[Tensor]]:
+        """The targets that a step's own graph may reach, by number, and what stands for them in it."""
+        return self._present, self._asked
+
+    def compare_step(self, step: Step, found: Sequence[int]) -> None:
+        """Make sure that the graph of a whole step reached what its evaluations reached in the forward pass."""
+        for number in range(step.calls):
+            self._compare((step.number, number), found)
+
+    def _compare(self, key: tuple[int, int], found: Sequence[int]) -> None:
+        missing = [i for i in self._expected.get(key, ()) if i not in found and i in self._present]
+        if missing:
+            shapes = ", ".join(str(tuple(self._standing[i].shape)) for i in missing)
+            raise ReplayError(
+                f"the replay of this solve does not use {len(missing)} tensor(s) that the forward pass used (shapes: "
+                f"{shapes}), so their gradients would be zero. They were replaced since: a parameter assigned or "
+                "registered again, a parametrization removed, a variable of a closure rebound, a cache refilled. Call "
+                "backward() before that, or pass the new tensor to a solve of its own."
+            )
+
+
+def _apart(targets: Sequence[Tensor]) -> list[int]:
+    """The targets that another tensor must stand for, by number.
+
+    Those with hooks, which fire once, on the whole gradient; and those that others are computed from, or that are
+    computed from others, which autograd would walk through.
+    """
+    hooked = [i for i, target in enumerate(targets) if target._backward_hooks or target.retains_grad]
+    computed = [i for i, target in enumerate(targets) if not target.is_leaf]
+    if computed and len(targets) > 1 and derived(targets):
+        return list(dict.fromkeys([*hooked, *computed]))
+    return hooked
+
+
+class _CutCall:
+    """A call that is cut out of the graph of its step."""
+
+    __slots__ = ("args", "field", "kwargs", "linearisation", "number", "rebuild", "slope", "step")
+
+    def __init__(self, field: Field, step: Step, number: int, args: Any, kwargs: Any) -> None:
+        self.field, self.step, self.number, self.args, self.kwargs = field, step, number, args, kwargs
+        self.rebuild: Any = None
+        self.slope: Any = None
+        self.linearisation: Linearisation | None = None
+
+    def pack(self, parts: Sequence[Tensor]) -> Any:
+        """The state, of its parts."""
+        return parts[0] if self.rebuild is None else pytree.tree_unflatten(parts, self.rebuild)
+
+    def unpack(self, parts: Any) -> Any:
+        """The slope, of its parts."""
+        return parts if self.slope is None else pytree.tree_unflatten(parts, self.slope)
+
+    def value(self, t: Tensor, *y: Tensor) -> Any:
+        """The slope, without its graph, or with it if it is wanted first: that of the last call of a step."""
+        if self.step.slopes is not None:
+            return self.step.slopes[self.number]
+        if self.number == self.step.calls - 1:
+            self.linearisation = self.field.linearise(self.number, t, *y, call=self)
+            return self.linearisation.value
+        with torch.no_grad():
+            y = tuple(part.detach() for part in y)
+            return self.field.evaluate(self.number, t.detach(), self.pack(y), *self.args, **self.kwargs)
+
+
+class _Cut(torch.autograd.Function):
+    """One evaluation whose graph lives only while it is pulled back."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _CutCall, t: Tensor, *y: Tensor) -> Any:
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(t, *y)
+        value = call.value(t, *y)
+        if isinstance(value, Tensor):
+            return value.detach()
+        parts, call.slope = pytree.tree_flatten(detached(value))
+        return tuple(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _CutCall = ctx.call
+        linearisation, call.linearisation = call.linearisation, None
+        if linearisation is None:
+            linearisation = call.field.linearise(call.number, *ctx.saved_tensors, call=call)
+        values = [part for part in pytree.tree_leaves(linearisation.value) if isinstance(part, Tensor)]
+        found = call.field.pull_back(linearisation, values, cotangents)
+        t = found.pop() if call.field.wants_time else None
+        return (None, t, *found)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torchdiffeq_symplectic import switch
+from torchdiffeq_symplectic import context
 from torchdiffeq_symplectic.hosts import torchdiffeq, torchdyn
 
 __all__ = ["register", "unregister"]
@@ -17,7 +17,7 @@ def register() -> None:
     """
     torchdiffeq.register()
     torchdyn.register()
-    switch.connect(True)
+    context.connect(True)
 
 
 def unregister() -> None:
@@ -25,6 +25,6 @@ def unregister() -> None:
 
     ``torchdiffeq_symplectic.odeint_adjoint`` works all the same.
     """
-    switch.connect(False)
+    context.connect(False)
     torchdiffeq.unregister()
     torchdyn.unregister()

@@ -6,23 +6,24 @@ All exist since 0.2.3 and are found by name, never by version: two different rel
 from __future__ import annotations
 
 from torchdiffeq._impl import (
-    adjoint,
-)  # `odeint_adjoint`, `OdeintAdjointMethod`, `find_parameters`: patched, looked up at the call
-from torchdiffeq._impl.fixed_adams import (
-    _MIN_ORDER,  # with less history an Adams solver takes a Runge-Kutta step
-    AdamsBashforthMoulton,  # `prev_f`, `prev_t`, `max_order`, `_update_history`, `_has_converged`
+    adjoint,  # `odeint_adjoint`, `OdeintAdjointMethod`, `find_parameters`: patched, looked up at the call
+    fixed_grid,  # the explicit fixed-grid solvers, which remember nothing
 )
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton  # whose steps use slopes of earlier ones
+from torchdiffeq._impl.interp import _interp_evaluate  # the interpolant of an adaptive step at a time
 from torchdiffeq._impl.misc import (
     Perturb,  # which neighbouring float a stage is evaluated at
     _check_inputs,  # flattens tuples, negates decreasing times, wraps the field
     _flat_to_shape,  # the way back from the flattened state
+    _nextafter,  # the neighbouring float, with the gradient of the time itself
     _PerturbFunc,  # outermost wrapper of the field: moves t; `base_func` is what is evaluated there
     _ReverseFunc,  # wrapper for decreasing t
     _TupleFunc,  # wrapper for tuple states
 )
 from torchdiffeq._impl.odeint import SOLVERS  # method name -> solver class, at the time of the call
 from torchdiffeq._impl.rk_common import (
-    RKAdaptiveStepsizeODESolver,  # `_before_integrate`, `_adaptive_step`, `_interp_fit`, `_advance[_until_event]`
+    RKAdaptiveStepsizeODESolver,  # `tableau`, `mid`, `_before_integrate`, `_adaptive_step`, `_interp_fit`, `_advance…`
+    _runge_kutta_step,  # the step of an adaptive solver
     _sort_tvals,  # how `step_t` and `jump_t` are ordered
 )
 from torchdiffeq._impl.solvers import (
@@ -31,7 +32,6 @@ from torchdiffeq._impl.solvers import (
 
 __all__ = [
     "SOLVERS",
-    "_MIN_ORDER",
     "AdamsBashforthMoulton",
     "FixedGridODESolver",
     "Perturb",
@@ -41,6 +41,10 @@ __all__ = [
     "_TupleFunc",
     "_check_inputs",
     "_flat_to_shape",
+    "_interp_evaluate",
+    "_nextafter",
+    "_runge_kutta_step",
     "_sort_tvals",
     "adjoint",
+    "fixed_grid",
 ]

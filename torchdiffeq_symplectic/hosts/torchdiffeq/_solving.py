@@ -1,22 +1,19 @@
-"""One call of torchdiffeq under a gradient mode: its own solver runs, recorded, and the result gets its gradient."""
+"""A solve of torchdiffeq under a gradient mode: recorded while torchdiffeq solves, then joined to autograd's graph."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.closures import held_by, modules_of
-from torchdiffeq_symplectic.field import report_missing
-from torchdiffeq_symplectic.gradient import Solve, Times, attach
-from torchdiffeq_symplectic.graph import edge_of, reachable
-from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, AdaptiveRecorder, measure_adaptive
-from torchdiffeq_symplectic.hosts.torchdiffeq._captured import Captured, with_graph
-from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import AdamsRecorder, FixedRecorder, measure_adams, measure_fixed
+from torchdiffeq_symplectic.errors import UnsupportedSolverError
+from torchdiffeq_symplectic.field import Listener
+from torchdiffeq_symplectic.graph import edge_of, is_behind
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
     AdamsBashforthMoulton,
@@ -26,14 +23,20 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     _ReverseFunc,
     _TupleFunc,
 )
-from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
-from torchdiffeq_symplectic.hosts.torchdiffeq._measuring import options_of
+from torchdiffeq_symplectic.hosts.torchdiffeq._recording import AdaptiveRecorder, FixedRecorder
+from torchdiffeq_symplectic.hosts.torchdiffeq._steps import AdaptiveStepper
+from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.modes import Mode, configured
-from torchdiffeq_symplectic.surroundings import Surroundings
-from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError
-from torchdiffeq_symplectic.trajectory import Keep, Recording
+from torchdiffeq_symplectic.replay import Conditions
+from torchdiffeq_symplectic.solve_function import Solve, attach, missing_gradients, warn_of_escaped, warn_of_missing
+from torchdiffeq_symplectic.tape import Keep, Recording
+from torchdiffeq_symplectic.uses import Captured, Held, search
 
-__all__ = ["Call", "solve", "solve_whatever_is_used", "tableau_of"]
+__all__ = ["Call", "solve"]
+
+# What a field uses is looked for in so many evaluations, where the user lists it: the first may fill caches that the
+# second one uses.
+_LOOKS = 2
 
 
 @dataclasses.dataclass
@@ -45,7 +48,7 @@ class Call:
         y0: initial state; t: increasing times, shape ``(T,)``.
         rtol, atol: floats or tensors that broadcast with ``y0``.
         method, options, event_fn: as torchdiffeq takes them.
-        params: tensors that gradients are wanted for.
+        params: tensors that gradients are wanted for; None for all that the field uses.
         adjoint_options: of the mode, and upstream's, which have no effect.
     """
 
@@ -57,7 +60,7 @@ class Call:
     method: str
     options: dict[str, Any]
     event_fn: Callable[[Tensor, Tensor], Tensor] | None
-    params: Sequence[Tensor]
+    params: Sequence[Tensor] | None
     adjoint_options: Mapping[str, Any]
 
     @property
@@ -79,79 +82,83 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     """The time of the event, or None where there is none to find, and the solution with the gradient of ``mode``.
 
     Raises:
-        NotImplementedError: before the solve starts, if the method's steps are not of a form that can be replayed.
-        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value, or the mode is not for
-            the method.
+        UnsupportedSolverError: before the solve starts, if something needs a gradient and the method's steps cannot be
+            replayed.
+        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
     mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
-    call.params = tuple(dict.fromkeys(call.params))
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
-    if not _any_requires_grad(*_sources(call), *call.params):
-        return _plain(call, _FirstSlope(call, functools.partial(_report_captured, call)))
-    surroundings = Surroundings(modules_of(call.given), call.y0.device)
-    solver, event_t, solution = _recorded(mode, call, surroundings, None)
-    finished = Solve(mode, solver.recording, call.func.base_func, surroundings, check, _undeclared(call))
-    return event_t, _attached(finished, solver, call, event_t, solution)
-
-
-def solve_whatever_is_used(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
-    """The same with the gradients of backpropagation: of all that the field uses, so ``params`` are found, not given.
-
-    Raises:
-        NotImplementedError: if something needs a gradient and the method's steps cannot be replayed.
-    """
-    mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
-    sources = _sources(call)
-    modules, held = held_by(call.given)
-    captured = Captured(held, _any_requires_grad(*sources))
-    surroundings = Surroundings(modules, call.y0.device)
+    sources = [call.y0, call.t, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
+    needed = _any_requires_grad(*sources, *(call.params or ()))
+    if call.params is not None and not needed:
+        return _plain(call, _Looking(call))
     try:
-        solver, event_t, solution = _recorded(mode, call, surroundings, captured)
-    except (_UnreplayableError, _OtherMethodError) as refusal:
-        if _any_requires_grad(*sources):
+        solver = _recording_solver(mode, call)
+    except UnsupportedSolverError as refusal:
+        if needed:
             raise
-        return _plain(call, _FirstSlope(call, functools.partial(_refuse_captured, call, refusal)))
-    call.params = captured.tensors
-    if not _any_requires_grad(*sources, *call.params):
+        return _plain(call, _Looking(call, refusal))
+    held = search(call.given)
+    conditions = Conditions(held, call.y0.device)
+    captured = Captured(held.tensors, conditions.random)
+    captured.know(param for param in call.params or () if not param.is_leaf)
+    looks = None if call.params is None or captured.knows_computed else _LOOKS
+    slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
+    listener = Listener(call.func.base_func, conditions, captured, looks, slopes)
+    recording = Recording(mode.keep, [call.y0])
+    solver.func = Timed(listener, call.func)
+    if call.event_fn is None and isinstance(solver, FixedRecorder):
+        solver.use_grid(call.y0, call.t)
+    with torch.no_grad():
+        solver.start_recording(recording, listener)
+        recording.at_start.append(0)
+        event_t, solution = _run(solver, call.t.detach(), call.event_fn)
+        recording.finish([solver.final_state], [solution])
+    listener.close()
+    conditions.solved()
+    if captured.escaped:
+        warn_of_escaped()
+    targets, missing = _targets(call, captured, held)
+    if not _any_requires_grad(*sources, *targets):
         return event_t, solution
-    func = with_graph(call.func.base_func)
-    finished = Solve(mode, solver.recording, func, surroundings, check, ignore=None)
-    return event_t, _attached(finished, solver, call, event_t, solution)
+    outputs = call.t[1:] if event_t is None else event_t.reshape(1)
+    inside = [output - 1 for _, output in recording.inside]
+    if len(inside) < len(outputs):
+        outputs = outputs[torch.tensor(inside, dtype=torch.long, device=outputs.device)]
+    finished = Solve(
+        mode,
+        recording,
+        solver.stepper(),
+        call.func.base_func,
+        conditions,
+        check,
+        retains=captured.walked_through,
+        missing=missing_gradients(missing),
+    )
+    times = solver.times(call.t, outputs, call.option("step_t"), call.option("jump_t"))
+    (result,) = attach(finished, [solution], [call.y0], times, targets)
+    return event_t, result
 
 
-def _sources(call: Call) -> list[Tensor | None]:
-    """What a solve is differentiated with respect to, besides what its field uses."""
-    return [call.y0, call.t, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
+def _targets(call: Call, captured: Captured, held: Held) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """What the solve is differentiated with respect to, and what the field uses besides that needs a gradient."""
+    used = captured.tensors
+    if call.params is None:
+        return used, ()
+    listed = dict.fromkeys(call.params)
+    edges = {edge_of(param) for param in listed if param.requires_grad}
+    others = [tensor for tensor in used if edge_of(tensor) not in edges]
+    # What is computed from a listed tensor passes its gradient on to it.
+    computed = [tensor for tensor in others if is_behind(tensor, edges)]
+    left_out = {id(tensor) for tensor in computed}
+    if not listed:  # parameters of the field are left out on purpose
+        left_out |= {id(param) for module in held.modules for param in module.parameters(recurse=False)}
+    return (*listed, *computed), [tensor for tensor in others if id(tensor) not in left_out]
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _recorded(
-    mode: Mode, call: Call, surroundings: Surroundings, captured: Captured | None
-) -> tuple[Any, Tensor | None, Tensor]:
-    """The solver after the solve, which it has recorded; the time of the event or None; the solution."""
-    solver, measured = _recording_solver(mode, call)
-    if call.event_fn is None and isinstance(solver, FixedRecorder):
-        solver.use_grid(call.y0, call.t)
-    slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
-    listener = Listener(call.func, surroundings.random, slopes, captured)
-    recording = Recording(mode.keep)
-    with torch.no_grad():
-        solver.start_recording(recording, measured, listener)
-        recording.at_start.append(0)
-        event_t, solution = _run(solver, call.t.detach(), call.event_fn)
-        solver.finish_recording()
-    surroundings.solved()
-    return solver, event_t, solution
-
-
-def _attached(finished: Solve, solver: Any, call: Call, event_t: Tensor | None, solution: Tensor) -> Tensor:
-    outputs = call.t[1:] if event_t is None else event_t.reshape(1)
-    times = _times(solver, finished.recording, call, outputs)
-    return attach(finished, solution, call.y0, times, call.params)
 
 
 def _grid(call: Call) -> Tensor | None:
@@ -172,67 +179,63 @@ def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | 
 def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor]:
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
-        solver = _solver(SOLVERS[call.method], call, func)
-        return _run(solver, call.t, call.event_fn)
+        return _run(_solver(SOLVERS[call.method], call, func), call.t, call.event_fn)
 
 
-class _FirstSlope:
-    """The field of a solve that nothing known needs a gradient of: ``look`` is shown the first slope with its graph."""
+class _Looking:
+    """The field of a solve that nothing known needs a gradient of, which may use something that does.
 
-    def __init__(self, call: Call, look: Callable[[Tensor], None]) -> None:
-        self._func, self._look = call.func, look
+    Args:
+        call: the solve.
+        refusal: what to raise in that case; None for a warning.
+    """
+
+    def __init__(self, call: Call, refusal: Exception | None = None) -> None:
+        self._call, self._refusal = call, refusal
         self._seen = False
 
     def __call__(self, t: Tensor, y: Tensor, **perturb: Any) -> Tensor:
         slope: Tensor
         if self._seen:
-            slope = self._func(t, y, **perturb)
-        else:
-            self._seen = True
-            with torch.enable_grad():
-                slope = self._func(t, y, **perturb)
-            self._look(slope)
+            slope = self._call.func(t, y, **perturb)
+            return slope.detach()
+        self._seen = True
+        with torch.enable_grad():
+            slope = self._call.func(t, y, **perturb)
+        if slope.requires_grad and self._refusal is not None:
+            raise self._refusal
+        if slope.requires_grad:
+            held = search(self._call.given)
+            captured = Captured(held.tensors)
+            captured.look(slope)
+            warn_of_missing(missing_gradients(_targets(self._call, captured, held)[1]))
         return slope.detach()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._func, name)
+        return getattr(self._call.func, name)
 
 
-def _times(solver: Any, recording: Recording, call: Call, outputs: Tensor) -> Times:
-    interpolated = [output - 1 for _, output in recording.inside]
-    if len(interpolated) < len(outputs):
-        outputs = outputs[torch.tensor(interpolated, dtype=torch.long, device=outputs.device)]
-    times: Times = solver.times(call.t, outputs, call.option("step_t"), call.option("jump_t"))
-    return times
-
-
-class _UnreplayableError(NotImplementedError):
-    """The steps of a method are of no form that can be replayed."""
-
-
-class _OtherMethodError(ValueError):
-    """The mode is for other methods."""
-
-
-def _recording_solver(mode: Mode, call: Call) -> tuple[Any, Any]:
-    """An instance of the method's solver class that also records, and the tableaus of its steps, measured first.
-
-    The tableaus are None where they are measured step by step. The solver's own warnings and errors are upstream's.
-    """
+def _recording_solver(mode: Mode, call: Call) -> Any:
+    """An instance of the method's solver class that also records. Its own warnings and errors are upstream's."""
     solver = SOLVERS[call.method]
-    try:
-        recording, measure = _recorder(solver)
-        measured = measure(solver, call.options)
-    except UnknownFormError as reason:
-        raise _UnreplayableError(
-            f'method="{call.method}" cannot be differentiated exactly by adjoint_method="{mode.name}": {reason}. Use a '
-            "Runge-Kutta or Adams method of torchdiffeq, or leave this solve to torchdiffeq: by one of its own adjoint "
-            "methods or, inside torchdiffeq_symplectic.use, by `with torchdiffeq_symplectic.use(None):`."
-        ) from reason
-    if mode.methods and not (isinstance(measured, Tableau) and mode.admits(measured)):
-        known = " or ".join(f'"{method}"' for method in mode.methods)
-        raise _OtherMethodError(f'adjoint_method="{mode.name}" needs method={known}, but method is "{call.method}".')
-    return _solver(recording, call, call.func), measured
+    recording = _recorder(solver)
+    name = f'method="{call.method}" cannot be differentiated by adjoint_method="{mode.name}"'
+    if recording is None:
+        raise UnsupportedSolverError(
+            f"{name}: {solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver. Use another method, "
+            "or leave this solve to torchdiffeq: by one of its own adjoint methods or, inside "
+            "torchdiffeq_symplectic.use, by `with torchdiffeq_symplectic.use(None):`."
+        )
+    instance = _solver(recording, call, call.func)
+    one_step = not issubclass(solver, AdamsBashforthMoulton)
+    if issubclass(solver, RKAdaptiveStepsizeODESolver):
+        one_step = AdaptiveStepper.evaluates_carry(instance)
+    if mode.keep is Keep.OUTPUTS and not one_step:
+        raise UnsupportedSolverError(
+            f"{name}: its steps start from slopes of earlier steps, which stepping back does not recover. Use "
+            'adjoint_method="symplectic", or a method whose steps start from the state alone, such as "rk4" or "dopri5".'
+        )
+    return instance
 
 
 def _solver(solver: type, call: Call, func: Callable[..., Tensor]) -> Any:
@@ -241,56 +244,18 @@ def _solver(solver: type, call: Call, func: Callable[..., Tensor]) -> Any:
     return solver(func=func, y0=call.y0.detach(), rtol=call.rtol, atol=call.atol, **call.options)
 
 
-def tableau_of(method: str, options: Mapping[str, Any] | None = None) -> Tableau:
-    """The coefficients that a step of ``method`` is measured to have; for adaptive methods those of the first step.
-
-    Args:
-        method: a name in torchdiffeq's table, "rk4" for example.
-        options: those that may matter: "interp", "perturb", what a solver of your own takes.
-
-    Raises:
-        KeyError: if torchdiffeq has no such method.
-        UnknownFormError: if its steps are not explicit with constant coefficients, as those of the Adams methods.
-    """
-    solver = SOLVERS[method]
-    measured = _recorder(solver)[1](solver, options or {})
-    if isinstance(measured, Adaptive):
-        return measured.fresh
-    if isinstance(measured, Tableau):
-        return measured
-    raise UnknownFormError(f"the coefficients of {method} change from step to step")
-
-
 @functools.cache
-def _recorder(solver: type) -> tuple[type, Callable[[type, Mapping[str, Any]], Any]]:
-    """The class of ``solver`` with a recorder mixed in, and how its steps are measured."""
-    if issubclass(solver, AdamsBashforthMoulton):
-        return type(solver.__name__, (AdamsRecorder, solver), {}), measure_adams
+def _recorder(solver: type) -> type | None:
+    """The class of ``solver`` with a recorder mixed in, or None."""
     if issubclass(solver, FixedGridODESolver):
-        return type(solver.__name__, (FixedRecorder, solver), {}), measure_fixed
+        return type(solver.__name__, (FixedRecorder, solver), {})
     if issubclass(solver, RKAdaptiveStepsizeODESolver):
-        return type(solver.__name__, (AdaptiveRecorder, solver), {}), measure_adaptive
-    raise UnknownFormError(f"{solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver")
+        return type(solver.__name__, (AdaptiveRecorder, solver), {})
+    return None
 
 
 def _options_of_upstream() -> frozenset[str]:
-    return frozenset({"norm"}).union(*map(options_of, SOLVERS.values()))
-
-
-def _undeclared(call: Call) -> list[Tensor]:
-    """Parameters of the field that are left out on purpose, as nothing is listed at all."""
-    return [] if call.params else [p for module in modules_of(call.given) for p in module.parameters(recurse=False)]
-
-
-def _refuse_captured(call: Call, refusal: Exception, slope: Tensor) -> None:
-    """Refuse if the field uses a tensor that needs a gradient, which the method's steps cannot give."""
-    if slope.requires_grad:
-        raise refusal
-
-
-def _report_captured(call: Call, slope: Tensor) -> None:
-    """Warn if the field uses a tensor that needs a gradient, where nothing listed does."""
-    if slope.requires_grad:
-        left_out = set(map(id, _undeclared(call)))
-        _, leaves = reachable([edge_of(slope).node], {})
-        report_missing([leaf for leaf in leaves if id(leaf) not in left_out])
+    """The options of all of torchdiffeq's solvers: given to a mode, they have no effect."""
+    classes = {cls for solver in SOLVERS.values() for cls in solver.__mro__ if "__init__" in vars(cls)}
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return frozenset({"norm", *names})

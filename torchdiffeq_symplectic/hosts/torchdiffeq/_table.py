@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve_whatever_is_used
-from torchdiffeq_symplectic.switch import Choice, current
+from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
+from torchdiffeq_symplectic.context import Choice, current
 
 __all__ = ["Table"]
 
@@ -64,5 +64,5 @@ class _Pending:
 
     def _solve(self, t: Tensor, event_fn: Any) -> tuple[Tensor | None, Tensor]:
         before, after = self._arguments
-        call = Call(*before, t, *after, event_fn, (), self._choice.options)
-        return solve_whatever_is_used(self._choice.mode, call)
+        call = Call(*before, t, *after, event_fn, None, self._choice.options)
+        return solve(self._choice.mode, call)

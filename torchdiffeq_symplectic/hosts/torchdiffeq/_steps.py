@@ -1,0 +1,198 @@
+"""torchdiffeq's own steps, done again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from torchdiffeq_symplectic.hosts.torchdiffeq import _linear
+from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
+    Perturb,
+    _interp_evaluate,
+    _runge_kutta_step,
+)
+from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
+from torchdiffeq_symplectic.tape import Linear, Step, Tape
+
+__all__ = ["AdaptiveStepper", "FixedStepper", "Grid", "Jump", "Memory"]
+
+
+class Jump(NamedTuple):
+    """What an adaptive step notes.
+
+    Attributes:
+        before: whether a discontinuity lies at its start, so that the slope it carries in is that behind it.
+        after: whether one lies at its end, so that it evaluates the slope behind it.
+    """
+
+    before: bool
+    after: bool
+
+
+class AdaptiveStepper:
+    """Steps of torchdiffeq's adaptive Runge-Kutta solvers; the carry is the state and the slope at it.
+
+    Args:
+        solver: an instance that has finished; what it holds of the solve is dropped.
+    """
+
+    has_tensors = False
+
+    def __init__(self, solver: Any) -> None:
+        self._solver = _bare(solver)
+        self.tableau, self.mid = solver.tableau, solver.mid
+
+    @staticmethod
+    def evaluates_carry(solver: Any) -> bool:
+        """Whether the last slope of a step is the field at its new state."""
+        tableau = solver.tableau
+        return bool(tableau.alpha[-1] == 1 and ends_in_state(tableau))
+
+    def evaluated(self, step: Step, field: Any, state: Sequence[Tensor]) -> Tensor:
+        """The slope at the carried state."""
+        perturb = Perturb.NEXT if step.note.before else Perturb.PREV
+        with torch.no_grad():
+            slope = Timed(lambda t, y: field.evaluate_as(step.draw, t, y.detach()))(step.start, state[0], perturb=perturb)
+        # As torchdiffeq's assignment to its buffer of slopes does.
+        return slope.to(state[0].dtype).expand(state[0].shape)
+
+    def advance(self, step: Step, field: Any, carry: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """A Runge-Kutta step, and its interpolant at the outputs inside."""
+        func = Timed(field)
+        y, *slopes = carry
+        f = slopes[0] if slopes else func(step.start, y)
+        y1, f1, _, k = _runge_kutta_step(func, y, f, step.start, step.size, step.end, self.tableau)
+        outputs = []
+        if step.times:
+            coefficients = self._solver._interp_fit(y, y1, k, step.size)
+            outputs = [[_interp_evaluate(coefficients, step.start, step.end, time)] for time in step.times]
+        if step.note.after:
+            f1 = func(step.end, y1, perturb=Perturb.NEXT)
+        return [y1, f1], outputs
+
+    def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
+        """The adjoint of an explicit tableau by matrix-vector products."""
+        (initial,) = tape.initial
+        if not initial.dtype.is_floating_point or not _linear.forms_states_of(self.tableau):
+            return None
+        return _linear.AdaptiveSweep(self.tableau, self.mid, tape, field, check)
+
+
+def ends_in_state(tableau: Any) -> bool:
+    """Whether the last stage's state is the new state."""
+    return bool(tableau.c_sol[-1] == 0 and (tableau.c_sol[:-1] == tableau.beta[-1]).all())
+
+
+class Memory(NamedTuple):
+    """What a solver remembers of earlier steps.
+
+    Attributes:
+        names: the attributes that it is kept in.
+        structure: of their values.
+        rest: what is no tensor in them; an ellipsis where a tensor stands.
+    """
+
+    names: tuple[str, ...]
+    structure: Any
+    rest: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, solver: Any, names: Sequence[str]) -> tuple[Memory, list[Tensor]]:
+        """The memory in attributes of these names, and its tensors."""
+        leaves, structure = pytree.tree_flatten({name: vars(solver)[name] for name in names})
+        rest = tuple(... if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        return cls(tuple(names), structure, rest), [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    def put(self, solver: Any, tensors: Sequence[Tensor]) -> None:
+        """Make ``solver`` remember ``tensors``."""
+        given = iter(tensors)
+        leaves = [next(given) if leaf is ... else leaf for leaf in self.rest]
+        vars(solver).update(pytree.tree_unflatten(leaves, self.structure))
+
+
+class Grid(NamedTuple):
+    """What a step on a fixed grid notes.
+
+    Attributes:
+        size: the step size as a number, where it is one; else None.
+        memory: what the solver remembers of earlier steps, or None.
+        remembers: the attributes that hold what it remembers after the step.
+        cubic: whether outputs are interpolated by the cubic, which evaluates the slope at the end.
+    """
+
+    size: float | None
+    memory: Memory | None
+    remembers: tuple[str, ...]
+    cubic: bool
+
+
+class FixedStepper:
+    """Steps of torchdiffeq's fixed-grid solvers; the carry is the state, and what the solver remembers of earlier steps.
+
+    Args:
+        solver: an instance that has finished; what it holds of the solve is dropped.
+        step_func: its ``_step_func``, unbound.
+        first: what it remembered before the first step, by attribute.
+    """
+
+    has_tensors = False
+
+    def __init__(self, solver: Any, step_func: Any, first: Mapping[str, Any]) -> None:
+        self._solver = _bare(solver)
+        self._step_func = step_func
+        self._first = first
+        vars(self._solver).update(first)
+
+    def evaluated(self, step: Step, field: Any, state: Sequence[Tensor]) -> Tensor:
+        """Never asked: no slope is left out."""
+        raise NotImplementedError
+
+    def advance(self, step: Step, field: Any, carry: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
+        """A step of the solver, and its interpolant at the outputs inside."""
+        func = Timed(field)
+        y, *memory = carry
+        note: Grid = step.note
+        solver = self._solver
+        if note.remembers:
+            solver = copy.copy(solver)
+            vars(solver).update({name: copy.copy(value) for name, value in self._first.items()})
+            if note.memory is not None:
+                note.memory.put(solver, memory)
+        size: Any = step.size
+        if note.size is not None:  # a number, as the solver had it; negative in a step back
+            size = note.size if float(step.size) * note.size > 0 else -note.size
+        change, f = self._step_func(solver, func, step.start, size, step.end, y)
+        y1 = y + change
+        remembered = Memory.of(solver, note.remembers)[1] if note.remembers else []
+        outputs = []
+        for time in step.times:
+            if note.cubic:
+                f1 = func(step.end, y1)
+                u = solver._cubic_hermite_interp(step.start, y, f, step.end, y1, f1, time)
+            else:
+                u = solver._linear_interp(step.start, step.end, y, y1, time)
+            outputs.append([u])
+        return [y1, *remembered], outputs
+
+    def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
+        """The adjoint of an explicit tableau by matrix-vector products."""
+        (initial,) = tape.initial
+        coefficients = _linear.coefficients_of(type(self._solver))
+        if coefficients is None or not initial.dtype.is_floating_point:
+            return None
+        return _linear.FixedSweep(coefficients, self, tape, field, check)
+
+
+def _bare(solver: Any) -> Any:
+    """A copy of a solver without what it holds of a solve."""
+    bare = object.__new__(type(solver))
+    vars(bare).update({name: value for name, value in vars(solver).items() if name not in _OF_A_SOLVE})
+    return bare
+
+
+_OF_A_SOLVE = frozenset({"func", "y0", "rk_state", "grid_constructor", "step_t", "jump_t", "norm", "recorder"})

@@ -1,0 +1,283 @@
+"""What a field uses besides its arguments: searched for where it is held, and found in the graphs of evaluations."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from torchdiffeq_symplectic.graph import Edge, edge_of, is_behind, now, reached
+from torchdiffeq_symplectic.random_state import RandomState
+
+__all__ = ["Captured", "Held", "Place", "Substituted", "derived", "search"]
+
+Place = tuple[MutableMapping[Any, Any] | types.CellType, Any]
+"""Where a tensor is kept: a dictionary and its key, or the cell of a closure and None."""
+
+
+class Held(NamedTuple):
+    """What callables hold.
+
+    Attributes:
+        modules: every module, each once.
+        tensors: every tensor, parameters and buffers too, each once.
+        places: where modules, plain objects, closures and globals keep them.
+    """
+
+    modules: list[nn.Module]
+    tensors: list[Tensor]
+    places: list[Place]
+
+
+# So many objects are looked at; a trainer's method may hold a data set.
+_SEARCHED = 5000
+_PLAIN = (str, bytes, int, float, complex, type, type(None), types.ModuleType, types.BuiltinFunctionType)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_EMPTY = types.CellType()
+
+
+def search(*roots: object) -> Held:
+    """Find the modules and tensors that ``roots`` hold in any depth.
+
+    Followed are modules, their attributes and the functions of their classes; attributes of other objects; containers;
+    bound methods, partials, closures, default arguments, and the globals that a function names. The nearest come first.
+    """
+    modules: dict[nn.Module, None] = {}
+    tensors: list[Tensor] = []
+    places: list[Place] = []
+    seen: dict[int, object] = {}  # kept alive, so that ids stay theirs
+    queue: collections.deque[object] = collections.deque(roots)
+
+    def look_into(table: MutableMapping[Any, Any], keys: Iterable[Any]) -> None:
+        for key in keys:
+            value = table[key]
+            if isinstance(value, Tensor):
+                places.append((table, key))
+            if value is not None:
+                queue.append(value)
+
+    while queue and len(seen) < _SEARCHED:
+        part = queue.popleft()
+        if isinstance(part, _PLAIN) or id(part) in seen or type(part) in weakref.ProxyTypes:
+            continue
+        seen[id(part)] = part
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif isinstance(part, nn.Module):
+            modules[part] = None
+            attributes = vars(part)
+            for name in ("_parameters", "_buffers"):
+                look_into(attributes.get(name, {}), list(attributes.get(name, {})))
+            look_into(attributes, [name for name in attributes if name not in _OF_EVERY_MODULE])
+            queue.extend(part.children())
+            queue.extend(_functions_of(type(part)))
+        elif isinstance(part, types.FunctionType):
+            queue.extend((part.__defaults__ or (), part.__kwdefaults__ or {}))
+            for cell in part.__closure__ or ():
+                if cell != _EMPTY:
+                    if isinstance(cell.cell_contents, Tensor):
+                        places.append((cell, None))
+                    queue.append(cell.cell_contents)
+            look_into(part.__globals__, [name for name in _names(part.__code__) if name in part.__globals__])
+        elif isinstance(part, functools.partial):
+            queue.extend((part.func, part.args, part.keywords))
+        elif isinstance(part, types.MethodType):
+            queue.extend((part.__self__, part.__func__))
+        elif isinstance(part, MutableMapping):
+            look_into(part, list(part))
+        elif isinstance(part, Mapping):
+            queue.extend(part.values())
+        elif isinstance(part, list | tuple | set | frozenset | collections.deque):
+            queue.extend(part)
+        else:
+            queue.extend(_functions_of(type(part)))
+            look_into(getattr(part, "__dict__", {}), list(getattr(part, "__dict__", {})))
+    return Held(list(modules), tensors, places)
+
+
+@functools.lru_cache(maxsize=1024)
+def _functions_of(kind: type) -> tuple[types.FunctionType, ...]:
+    """The functions of a class that name globals or close over something; not those of PyTorch and the hosts."""
+    return tuple(
+        value
+        for cls in kind.__mro__
+        if cls.__module__.partition(".")[0] not in _LIBRARIES
+        for value in vars(cls).values()
+        if isinstance(value, types.FunctionType)
+    )
+
+
+_LIBRARIES = frozenset({"torch", "torchdiffeq", "torchdyn", "builtins", "functools", "collections", "typing", "abc"})
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: types.CodeType) -> frozenset[str]:
+    """The globals that a function, and those defined inside it, may name."""
+    inner = (_names(constant) for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+class _Mark(torch.autograd.Function):
+    """The state, as an evaluation is given it. What keeps the evaluation's graph alive keeps this node alive."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, marks: list[weakref.ref[Any]]) -> Tensor:
+        marks.append(weakref.ref(ctx))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        return cotangents[0], None
+
+
+class Captured:
+    """The tensors made outside of a field that its evaluations reach: leaves, and results of other operations.
+
+    Each is differentiated with respect to once, where the graph of an evaluation ends; what it was computed from gets
+    its gradient from the caller's own graph.
+
+    Args:
+        held: tensors that the field is known to hold.
+        random: the generators that it may draw from.
+
+    Attributes:
+        walked_through: whether one was met whose holder is not known, so that what it was computed from is reached.
+    """
+
+    def __init__(self, held: Iterable[Tensor], random: RandomState | None = None) -> None:
+        self._random = random
+        self.walked_through = False
+        self._known: dict[Edge, Tensor] = {}
+        self.know(tensor for tensor in held if not tensor.is_leaf)
+        self._found: dict[Edge, Tensor] = {}
+        # Leaves that an evaluation makes for itself are gone after it: holding them would pile them up.
+        self._leaves: dict[int, weakref.ref[Tensor]] = {}
+        self._marks: list[weakref.ref[Any]] = []
+
+    def know(self, tensors: Iterable[Tensor]) -> None:
+        """Add tensors that the field is known to hold."""
+        self._known |= {edge_of(tensor): tensor for tensor in tensors if tensor.requires_grad}
+
+    @property
+    def knows_computed(self) -> bool:
+        """Whether the field is known to hold results of other operations."""
+        return bool(self._known)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What was reached so far, each tensor once."""
+        leaves = (reference() for reference in self._leaves.values())
+        return (*self._found.values(), *(leaf for leaf in leaves if leaf is not None))
+
+    @property
+    def escaped(self) -> bool:
+        """Whether the graph of an evaluation but the last outlives its slope."""
+        return any(mark() is not None for mark in self._marks[:-1])
+
+    def evaluate(self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+        """``func(t, y)`` as under backpropagation, its tensors detached, and the captured tensors that are new."""
+        t = t.detach()
+        with torch.enable_grad():
+            parts, rebuild = pytree.tree_flatten(y)
+            given = [_leaf(part) for part in parts]
+            entering = [_Mark.apply(part, self._marks) if part.requires_grad else part for part in given]
+            since = now()
+            result = func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
+            results = [part for part in pytree.tree_leaves(result) if isinstance(part, Tensor) and part.requires_grad]
+            roots = list(map(edge_of, results))
+            new = self._look(roots, since, given)
+            if new is None:  # a tensor that is held out of sight: watch the operations that it goes into
+                draw = None if self._random is None else self._random.get()
+                with _Witness(self._known):
+                    func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
+                if self._random is not None and draw is not None:
+                    self._random.set(draw)
+                new = self._look(roots, since, given, final=True) or []
+        self._marks = [mark for mark in self._marks if mark() is not None]
+        return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), new
+
+    def look(self, slope: Tensor) -> None:
+        """Note what the graph of ``slope`` reaches, however long ago it was made."""
+        self._look([edge_of(slope)], -1, [], final=True)
+
+    def _look(
+        self, roots: Iterable[Edge], since: int, given: list[Tensor], final: bool = False
+    ) -> list[Tensor] | None:
+        """The captured tensors that are new; None if one is met whose holder is not known."""
+        met, leaves = reached(roots, self._known, since)
+        unknown = [edge for edge in met if edge not in self._known]
+        if unknown and not final:
+            return None
+        if unknown:
+            self.walked_through = True
+            # Through it, to what is known or a leaf.
+            behind, more = reached([edge for node, _ in unknown for edge in node.next_functions], self._known)
+            met, leaves = [edge for edge in (*met, *behind) if edge in self._known], [*leaves, *more]
+        new = [self._known[edge] for edge in met if edge not in self._found]
+        self._found |= {edge: self._known[edge] for edge in met}
+        for leaf in leaves:
+            reference = self._leaves.get(id(leaf))
+            if not (reference is not None and reference() is leaf) and not any(leaf is part for part in given):
+                self._leaves[id(leaf)] = weakref.ref(leaf)
+                new.append(leaf)
+        return new
+
+
+def _leaf(part: Any) -> Any:
+    """An alias that may be marked as requiring a gradient without the caller's tensor becoming so."""
+    if not isinstance(part, Tensor):
+        return part
+    part = part.detach()
+    return part.requires_grad_() if part.is_floating_point() or part.is_complex() else part
+
+
+class _Witness(TorchFunctionMode):
+    """Notes the tensors that go into operations."""
+
+    def __init__(self, known: dict[Edge, Tensor]) -> None:
+        super().__init__()
+        self._known = known
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for part in pytree.tree_leaves((args, kwargs)):
+            if isinstance(part, Tensor) and part.requires_grad and not part.is_leaf:
+                self._known.setdefault(edge_of(part), part)
+        return func(*args, **kwargs)
+
+
+class Substituted(TorchFunctionMode):
+    """Operations of this thread get other tensors in the place of some: nothing that threads share is touched.
+
+    Args:
+        aliases: pairs of a tensor and what stands in its place.
+    """
+
+    def __init__(self, aliases: Iterable[tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self._aliases = {id(tensor): (tensor, alias) for tensor, alias in aliases}
+
+    def _of(self, part: Any) -> Any:
+        known = self._aliases.get(id(part))
+        return part if known is None else known[1]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = pytree.tree_map(self._of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def derived(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those of ``tensors`` that are computed from others of them."""
+    tensors = list(tensors)
+    edges = {edge_of(tensor) for tensor in tensors}
+    return [tensor for tensor in tensors if is_behind(tensor, edges)]
+
+
