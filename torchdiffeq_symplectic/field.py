@@ -25,7 +25,7 @@ from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.tape import Step
 from torchdiffeq_symplectic.uses import Captured, Substituted, derived
 
-__all__ = ["Call", "Field", "Linearisation", "Listener"]
+__all__ = ["Call", "Field", "Linearisation", "Listener", "detached", "differentiable", "with_graph"]
 
 
 class Call(NamedTuple):
@@ -49,7 +49,6 @@ class Listener:
         func: ``func(t, y, ...)``.
         conditions: what else it depends on.
         captured: finds the tensors that it uses.
-        looks: in how many evaluations; None for all.
         keeps_slopes: whether slopes are kept.
 
     Attributes:
@@ -61,14 +60,13 @@ class Listener:
         func: Callable[..., Any],
         conditions: Conditions,
         captured: Captured,
-        looks: int | None = None,
+        *,
         keeps_slopes: bool = False,
     ) -> None:
         self._func = func
         self._conditions: Conditions | None = conditions
-        self._captured = captured
-        self._looks = looks
-        self._seen = 0
+        self._captured: Captured | None = captured
+        self._is_first = True
         self._keeps_slopes = keeps_slopes
         self.calls: list[Call] = []
 
@@ -86,25 +84,53 @@ class Listener:
         return bool(self.calls) and not torch.equal(self.calls[0].draw, self._conditions.random.get())
 
     def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._conditions is None:
+        if self._conditions is None or self._captured is None:
             return self._func(t, y, *args, **kwargs)
         draw = self._conditions.random.get()
         new: Sequence[Tensor] = ()
-        if self._looks is None or self._seen < self._looks:
+        if self._captured.looks:
             slope, new = self._captured.evaluate(self._func, t, y, *args, **kwargs)
-            if not self._seen:
+            if self._is_first:
                 self._conditions.evaluated()
-            self._seen += 1
+            self._is_first = False
         else:
             slope = self._func(t, detached(y), *args, **kwargs)
             slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
         self.calls.append(Call(draw, slope if self._keeps_slopes else None, new))
         return slope
 
+    def replace(self, func: Callable[..., Any]) -> None:
+        """Call ``func`` from now on."""
+        self._func = func
+
     def close(self) -> None:
         """Listen no more, and keep nothing of what was heard: a replay calls the field through this."""
-        self._conditions = None
+        self._conditions = self._captured = None
         self.calls = []
+
+
+def with_graph(func: Callable[..., Any]) -> Callable[..., Any]:
+    """``func`` where gradients are always enabled, as under backpropagation, for callers that have them disabled.
+
+    A field that differentiates something need not enable them itself.
+    """
+
+    def evaluate(t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled():
+            return func(t, y, *args, **kwargs)
+        with torch.enable_grad():
+            given = pytree.tree_map(
+                lambda part: part.detach().requires_grad_() if isinstance(part, Tensor) and differentiable(part) else part, y
+            )
+            slope = func(t.detach(), given, *args, **kwargs)
+        return detached(slope)
+
+    return evaluate
+
+
+def differentiable(part: Tensor) -> bool:
+    """Whether a tensor can have a gradient."""
+    return part.is_floating_point() or part.is_complex()
 
 
 def detached(value: Any) -> Any:
@@ -146,6 +172,7 @@ class Field:
 
     Attributes:
         cuts: whether calls are cut out of the graph of their step.
+        holds: whether the graphs of a step's evaluations are made, and alive, together.
         retains: as given; count: the number of targets.
         gate: between the targets and what they were computed from, where ``linked``.
         products: the products with the targets, summed.
@@ -169,6 +196,7 @@ class Field:
         self.retains = retains
         self.wants_time = wants_time
         self.cuts = True
+        self.holds = False
         self.count = len(targets)
         self.gate = Gate()
         self.products = Products(targets)
@@ -222,7 +250,7 @@ class Field:
         """Evaluation ``number`` of the step, with its graph, at fresh leaves."""
         leaves = [part.detach() for part in y]
         for part in leaves:
-            if part.is_floating_point() or part.is_complex():
+            if differentiable(part):
                 part.requires_grad_()
         t = t.detach().requires_grad_(self.wants_time)
         with torch.enable_grad():
@@ -332,7 +360,7 @@ class _CutCall:
         """The slope, without its graph, or with it if it is wanted first: that of the last call of a step."""
         if self.step.slopes is not None:
             return self.step.slopes[self.number]
-        if self.number == self.step.calls - 1:
+        if self.field.holds or self.number == self.step.calls - 1:
             self.linearisation = self.field.linearise(self.number, t, *y, call=self)
             return self.linearisation.value
         with torch.no_grad():

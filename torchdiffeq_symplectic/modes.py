@@ -115,7 +115,7 @@ _CHECKPOINTS = {"steps": Keep.STATES, "stages": Keep.SLOPES}
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveCheckpoint(Mode):
-    """Do not cut: the graphs of a step's evaluations are alive together."""
+    """Cut every call, and keep its graph while the step is pulled back: a step's graphs are alive together."""
 
     name = "aca"
 
@@ -129,7 +129,7 @@ class AdaptiveCheckpoint(Mode):
         times: Times,
     ) -> Gradients:
         """Sweep back, one step's graph at a time."""
-        field.cuts = False
+        field.holds = True
         return sweep(tape, stepper, field, check, outputs)
 
 

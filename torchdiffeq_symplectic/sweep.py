@@ -52,14 +52,13 @@ def sweep(
         find: where not every state is kept: finds the one that a step starts from. Its ``carry`` holds that if it is
             kept, its ``after`` the state that was found after it.
     """
-    of_carry: Cotangents = [None for _ in tape.initial]
+    of_carry: Cotangents = _of_rows(tape.rows_of_state(len(tape)), outputs)
     times = _TimeCotangents(tape) if field.wants_time else None
     linear = None if field.wants_time else stepper.linear(tape, field, check)
     found: list[Tensor] | None = None
     for n in reversed(range(len(tape))):
         step = tape[n]
-        if step.at_end is not None:
-            _add_row(of_carry, outputs, step.at_end)
+        of_state = _of_rows(tape.rows_of_state(n), outputs)
         inside = [[None if part is None else part[row] for part in outputs] for row in step.inside]
         field.start_step(step)
         if find is not None:
@@ -67,17 +66,18 @@ def sweep(
             found = find(step)
             step.carry[: len(found)] = found
         elif not any(part is not None for row in (of_carry, *inside) for part in row):
+            of_carry = of_state
             continue
         if step.carry[-1] is None:
             state = [part for part in step.carry if part is not None]
             step.carry = [*state, stepper.evaluated(step, field, state)]
         if linear is not None and linear.takes(step):
             of_carry = linear.pull_back(step, of_carry, inside)
+            of_carry[: len(of_state)] = map(_sum, of_carry, of_state)
         else:
-            of_carry = _pull_back(step, stepper, field, check, of_carry, inside, times)
-        field.products.close_step()
-    for row in tape.at_start:
-        _add_row(of_carry, outputs, row)
+            of_carry = _pull_back(step, stepper, field, check, of_carry, inside, of_state, times)
+        if stepper.sums_steps:
+            field.products.close_step()
     of_initial = [
         part if part is None or part.dtype == initial.dtype else part.to(initial.dtype)
         for part, initial in zip(of_carry, tape.initial, strict=False)
@@ -92,9 +92,13 @@ def _pull_back(
     check: ReplayCheck,
     of_after: Cotangents,
     inside: Sequence[Cotangents],
+    of_state: Cotangents,
     times: _TimeCotangents | None,
 ) -> Cotangents:
-    """Differentiate the host's own step: the cotangents of the carry that it starts from."""
+    """Differentiate the host's own step: the cotangents of the carry that it starts from.
+
+    Those of the state from elsewhere, ``of_state``, come first, in the order in which backpropagation adds them.
+    """
     carry = [_leaf(part) for part in step.carry if part is not None]
     moving = dataclasses.replace(step) if times is None else times.leaves_of(step)
     with torch.enable_grad():
@@ -102,23 +106,20 @@ def _pull_back(
     if step.after is not None:
         for part, recorded in zip(after, step.after, strict=False):
             check.step(step.number, part.detach(), recorded)
-    values = [*after, *(part for output in outputs for part in output)]
-    cotangents = [*of_after, *(part for row in inside for part in row)]
-    # A first step has a shorter carry than the others; what is not carried on has no cotangent.
-    cotangents[len(of_after) : len(of_after)] = [None] * (len(after) - len(of_after))
+    values = [*carry[: len(of_state)], *after, *(part for output in outputs for part in output)]
+    # The state after the last step carries nothing else on.
+    of_after = [*of_after, *[None] * (len(after) - len(of_after))]
+    cotangents = [*of_state, *of_after, *(part for row in inside for part in row)]
     able = [i for i, part in enumerate(carry) if part.requires_grad]
     wanted = [carry[i] for i in able]
     if times is not None:
         wanted += times.leaves(moving)
     numbers: list[int] = []
-    if not field.cuts or stepper.has_tensors:
+    if stepper.has_tensors:
         numbers, tensors = field.direct()
         wanted += tensors
     found = _gradients(values, wanted, cotangents, retain_graph=field.retains)
-    products = found[len(found) - len(numbers) :]
-    field.products.add(numbers, products)
-    if not field.cuts:
-        field.compare_step(step, [i for i, product in zip(numbers, products, strict=True) if product is not None])
+    field.products.add(numbers, found[len(found) - len(numbers) :])
     if times is not None:
         times.add(step, found[len(able) : len(found) - len(numbers)])
     result: Cotangents = [None for _ in carry]
@@ -260,8 +261,13 @@ def _leaf(part: Tensor) -> Tensor:
     return part.requires_grad_() if part.is_floating_point() or part.is_complex() else part
 
 
-def _add_row(of_carry: Cotangents, outputs: Sequence[Tensor | None], row: int) -> None:
-    for i, part in enumerate(outputs):
-        if part is not None:
-            present = of_carry[i]
-            of_carry[i] = part[row] if present is None else present + part[row]
+def _of_rows(rows: Sequence[int], outputs: Sequence[Tensor | None]) -> Cotangents:
+    """The cotangents of a state that is these outputs."""
+    result: Cotangents = [None for _ in outputs]
+    for row in rows:
+        result = [_sum(part, None if output is None else output[row]) for part, output in zip(result, outputs, strict=True)]
+    return result
+
+
+def _sum(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    return other if one is None else one if other is None else one + other

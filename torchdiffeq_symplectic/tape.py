@@ -98,9 +98,12 @@ class Stepper(Protocol):
 
     Attributes:
         has_tensors: whether its steps use tensors that need a gradient besides those that the field uses.
+        sums_steps: whether the products of a step are summed before they are added to the others', which rounds less;
+            else they are added one by one, as backpropagation does.
     """
 
     has_tensors: bool
+    sums_steps: bool
 
     def advance(self, step: Step, field: Any, carry: Sequence[Tensor]) -> tuple[list[Tensor], list[list[Tensor]]]:
         """The host's own step: the next carry, and the parts of each output inside the step."""
@@ -302,6 +305,13 @@ class Tape:
             inside=entry.inside,
             at_end=entry.at_end,
         )
+
+    def rows_of_state(self, n: int) -> Sequence[int]:
+        """The outputs that are the state before step ``n``."""
+        if n == 0:
+            return self.at_start
+        row = self._entries[n - 1].at_end
+        return () if row is None else (row,)
 
     def state(self, n: int) -> list[Tensor | None]:
         """The parts of the state before step ``n``, as kept, or None."""

@@ -6,7 +6,7 @@ import collections
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +99,7 @@ def search(*roots: object) -> Held:
             queue.extend(part)
         else:
             queue.extend(_functions_of(type(part)))
+            queue.extend(getattr(part, name, None) for name in _slots_of(type(part)))
             look_into(getattr(part, "__dict__", {}), list(getattr(part, "__dict__", {})))
     return Held(list(modules), tensors, places)
 
@@ -113,6 +114,14 @@ def _functions_of(kind: type) -> tuple[types.FunctionType, ...]:
         for value in vars(cls).values()
         if isinstance(value, types.FunctionType)
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots_of(kind: type) -> tuple[str, ...]:
+    """The slots of a class, not those of PyTorch and the hosts."""
+    slots = (vars(cls).get("__slots__", ()) for cls in kind.__mro__ if cls.__module__.partition(".")[0] not in _LIBRARIES)
+    names = [name for entry in slots for name in ((entry,) if isinstance(entry, str) else entry)]
+    return tuple(name for name in names if not name.startswith("__"))
 
 
 _LIBRARIES = frozenset({"torch", "torchdiffeq", "torchdyn", "builtins", "functools", "collections", "typing", "abc"})
@@ -138,6 +147,9 @@ class _Mark(torch.autograd.Function):
         return cotangents[0], None
 
 
+_LOOKS = 2
+
+
 class Captured:
     """The tensors made outside of a field that its evaluations reach: leaves, and results of other operations.
 
@@ -147,13 +159,18 @@ class Captured:
     Args:
         held: tensors that the field is known to hold.
         random: the generators that it may draw from.
+        watched: tensors that a later evaluation may reach, if the first do not.
 
     Attributes:
         walked_through: whether one was met whose holder is not known, so that what it was computed from is reached.
     """
 
-    def __init__(self, held: Iterable[Tensor], random: RandomState | None = None) -> None:
+    def __init__(
+        self, held: Iterable[Tensor], random: RandomState | None = None, watched: Iterable[Tensor] = ()
+    ) -> None:
         self._random = random
+        self._missing = {id(tensor): tensor for tensor in watched if tensor.requires_grad}
+        self._looks = 0
         self.walked_through = False
         self._known: dict[Edge, Tensor] = {}
         self.know(tensor for tensor in held if not tensor.is_leaf)
@@ -167,9 +184,11 @@ class Captured:
         self._known |= {edge_of(tensor): tensor for tensor in tensors if tensor.requires_grad}
 
     @property
-    def knows_computed(self) -> bool:
-        """Whether the field is known to hold results of other operations."""
-        return bool(self._known)
+    def looks(self) -> bool:
+        """Whether the next evaluation is to be looked at: the first two, as the first may fill caches that the second
+        uses, and others until all that is watched was reached.
+        """
+        return self._looks < _LOOKS or bool(self._missing)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -184,14 +203,15 @@ class Captured:
 
     def evaluate(self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
         """``func(t, y)`` as under backpropagation, its tensors detached, and the captured tensors that are new."""
+        self._looks += 1
         t = t.detach()
         with torch.enable_grad():
             parts, rebuild = pytree.tree_flatten(y)
             given = [_leaf(part) for part in parts]
-            entering = [_Mark.apply(part, self._marks) if part.requires_grad else part for part in given]
             since = now()
+            entering = [_Mark.apply(part, self._marks) if _needs_grad(part) else part for part in given]
             result = func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
-            results = [part for part in pytree.tree_leaves(result) if isinstance(part, Tensor) and part.requires_grad]
+            results = [part for part in pytree.tree_leaves(result) if _needs_grad(part)]
             roots = list(map(edge_of, results))
             new = self._look(roots, since, given)
             if new is None:  # a tensor that is held out of sight: watch the operations that it goes into
@@ -207,6 +227,13 @@ class Captured:
     def look(self, slope: Tensor) -> None:
         """Note what the graph of ``slope`` reaches, however long ago it was made."""
         self._look([edge_of(slope)], -1, [], final=True)
+
+    def look_at_step(self, ends: Iterable[Tensor], starts: Sequence[Tensor]) -> bool:
+        """Note what a step's own graph reaches besides its ``starts``; whether it reaches one of these."""
+        roots = [edge_of(end) for end in ends if end.requires_grad]
+        _, leaves = reached(roots, self._known)
+        self._look(roots, -1, list(starts), final=True)
+        return any(leaf is start for leaf in leaves for start in starts)
 
     def _look(
         self, roots: Iterable[Edge], since: int, given: list[Tensor], final: bool = False
@@ -228,7 +255,13 @@ class Captured:
             if not (reference is not None and reference() is leaf) and not any(leaf is part for part in given):
                 self._leaves[id(leaf)] = weakref.ref(leaf)
                 new.append(leaf)
+        for tensor in new:
+            self._missing.pop(id(tensor), None)
         return new
+
+
+def _needs_grad(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.requires_grad
 
 
 def _leaf(part: Any) -> Any:
@@ -249,7 +282,7 @@ class _Witness(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for part in pytree.tree_leaves((args, kwargs)):
-            if isinstance(part, Tensor) and part.requires_grad and not part.is_leaf:
+            if _needs_grad(part) and not part.is_leaf:
                 self._known.setdefault(edge_of(part), part)
         return func(*args, **kwargs)
 

@@ -176,9 +176,9 @@ class AdaptiveSweep(_Sweep):
             if c:
                 known = step.after[0] if c == last and self._closes and step.after is not None else None
                 states.append(y + torch.sum(self._before[c - 1] * forward[c - 1], -1) if known is None else known)
-            if c < own or step.slopes is not None or (c >= checked and step.after is not None and field.cuts):
+            if c < own or step.slopes is not None or (c >= checked and step.after is not None and not field.holds):
                 continue
-            if not field.cuts and not (c == last and self._closes and kappa is None and outside is None):
+            if field.holds and not (c == last and self._closes and kappa is None and outside is None):
                 graphs[c] = field.linearise(c - own, times[c], states[c])
                 columns[c].copy_(self._value(graphs[c]).detach())
             elif c < last or not self._closes:
@@ -293,7 +293,7 @@ class _Listing:
         slope: Tensor
         if self._step.slopes is not None:
             slope = self._step.slopes[number]
-        elif number == self._step.calls - 1 or not self._field.cuts:
+        elif number == self._step.calls - 1 or self._field.holds:
             linearisation = self._field.linearise(number, t, y)
             slope = linearisation.value.detach()
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.errors import UnsupportedSolverError
-from torchdiffeq_symplectic.field import Listener
+from torchdiffeq_symplectic.field import Listener, with_graph
 from torchdiffeq_symplectic.graph import edge_of, is_behind
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
@@ -33,11 +33,6 @@ from torchdiffeq_symplectic.tape import Keep, Recording
 from torchdiffeq_symplectic.uses import Captured, Held, search
 
 __all__ = ["Call", "solve"]
-
-# What a field uses is looked for in so many evaluations, where the user lists it: the first may fill caches that the
-# second one uses.
-_LOOKS = 2
-
 
 @dataclasses.dataclass
 class Call:
@@ -101,11 +96,12 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         return _plain(call, _Looking(call, refusal))
     held = search(call.given)
     conditions = Conditions(held, call.y0.device)
-    captured = Captured(held.tensors, conditions.random)
+    watched = [tensor for tensor in held.tensors if call.params is None or not tensor.is_leaf]
+    captured = Captured(held.tensors, conditions.random, watched)
     captured.know(param for param in call.params or () if not param.is_leaf)
-    looks = None if call.params is None or captured.knows_computed else _LOOKS
+    func = with_graph(call.func.base_func) if call.params is None else call.func.base_func
     slopes = mode.keep is Keep.SLOPES and isinstance(solver, FixedRecorder)
-    listener = Listener(call.func.base_func, conditions, captured, looks, slopes)
+    listener = Listener(func, conditions, captured, keeps_slopes=slopes)
     recording = Recording(mode.keep, [call.y0])
     solver.func = Timed(listener, call.func)
     if call.event_fn is None and isinstance(solver, FixedRecorder):
@@ -130,7 +126,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         mode,
         recording,
         solver.stepper(),
-        call.func.base_func,
+        func,
         conditions,
         check,
         retains=captured.walked_through,

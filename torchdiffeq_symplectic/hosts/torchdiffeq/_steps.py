@@ -42,6 +42,7 @@ class AdaptiveStepper:
     """
 
     has_tensors = False
+    sums_steps = True
 
     def __init__(self, solver: Any) -> None:
         self._solver = _bare(solver)
@@ -141,6 +142,7 @@ class FixedStepper:
     """
 
     has_tensors = False
+    sums_steps = True
 
     def __init__(self, solver: Any, step_func: Any, first: Mapping[str, Any]) -> None:
         self._solver = _bare(solver)

@@ -9,194 +9,129 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.gradient import Times
-from torchdiffeq_symplectic.graph import reachable
-from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
-from torchdiffeq_symplectic.hosts.torchdyn._listening import Listener
-from torchdiffeq_symplectic.hosts.torchdyn._measuring import Clock, Measured
-from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached
-from torchdiffeq_symplectic.modes import Mode
-from torchdiffeq_symplectic.tableau import Tableau, UnknownFormError, Whole
-from torchdiffeq_symplectic.trajectory import Keep, Recording
+from torchdiffeq_symplectic.field import Call, Listener, detached, differentiable
+from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of
+from torchdiffeq_symplectic.hosts.torchdyn._steps import Note
+from torchdiffeq_symplectic.tape import Keep, Recording, Times
+from torchdiffeq_symplectic.uses import Captured
 
-__all__ = ["Recorder"]
+__all__ = ["Recorder", "RecordingInterpolator", "RecordingSolver"]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Heard:
-    """Evaluations of the field in their order, as the listener heard them."""
+@dataclasses.dataclass
+class _Attempt:
+    """A step that torchdyn took, and may take back.
 
-    times: Sequence[Tensor] = ()
-    draws: Sequence[Tensor] = ()
-    slopes: Sequence[Tensor] = ()
-    costs: Sequence[Tensor] = ()
-    drew: bool = False
-
-    @classmethod
-    def of(cls, listener: Listener) -> _Heard:
-        """What was heard since the step was started."""
-        times, draws, slopes, costs = map(tuple, (listener.times, listener.draws, listener.slopes, listener.costs))
-        return cls(times, draws, slopes, costs, bool(draws) and listener.drew)
-
-    def only(self, part: slice) -> _Heard:
-        """Some of the evaluations."""
-        return _Heard(self.times[part], self.draws[part], self.slopes[part], self.costs[part], self.drew)
-
-    def then(self, later: _Heard) -> _Heard:
-        """These, and the ``later`` ones."""
-        return _Heard(
-            (*self.times, *later.times),
-            (*self.draws, *later.draws),
-            (*self.slopes, *later.slopes),
-            (*self.costs, *later.costs),
-            self.drew or later.drew,
-        )
-
-
-class _Attempt(NamedTuple):
-    """A step that torchdyn tried, and has not said yet whether it accepts it; ``inside`` are outputs in it."""
+    Attributes:
+        x, new: the states at its start and end; slope: the first slope that it was given, or None.
+        t, dt: its time and size, with their graph.
+        calls: its evaluations; drew: whether they drew random numbers.
+        slopes: as the solver saw them, where they are kept.
+        inside: the times of the outputs inside it.
+    """
 
     x: State
     new: State
+    slope: Any
     t: Tensor
     dt: Tensor
-    first: State | None
-    handed: State | None
-    heard: _Heard
+    calls: list[Call]
+    drew: bool
+    slopes: list[Any]
     inside: list[Tensor]
 
 
 class Recorder:
-    """Writes down the steps that torchdyn accepts.
-
-    A step is accepted if the next one starts from its result, the same object, or if it is the last.
+    """Accepted steps of a solve of torchdyn.
 
     Args:
-        solver: the user's solver.
-        interpolator: the user's interpolator, or None.
-        listener: the field.
-        layout: of the states.
-        captured: is told what a whole step uses.
-        mode: says what of each step is kept, and which steps it is for.
-        args: what ``solver.step`` is given besides.
-        refuse: makes the error that says why a solver cannot be differentiated.
+        solver: of the solve.
+        listener: the field, as torchdyn is given it.
+        captured: is shown the tensors that a step uses besides the field.
+        recording: is filled.
+        follows: whether a step is tried with its graph, as it is not one of torchdyn's own.
+        refuse: makes the error that says why the solver is refused.
 
     Attributes:
-        recording: the accepted steps.
-        field: the field as the solver is given it.
+        field: the field as the solver is given it; torchdyn negates it for a decreasing time span.
+        has_tensors: whether steps use tensors that need a gradient besides those that the field uses.
     """
 
     def __init__(
         self,
         solver: Any,
-        interpolator: Any,
         listener: Listener,
-        layout: Layout,
         captured: Captured,
-        mode: Mode,
-        args: Mapping[str, Any],
+        recording: Recording,
+        follows: bool,
         refuse: Callable[[str], Exception],
     ) -> None:
-        self.recording = Recording(mode.keep)
-        self._mode = mode
-        self._solver, self._interpolator = solver, interpolator
-        self._listener, self._layout, self._captured = listener, layout, captured
-        self._args, self._refuse = args, refuse
-        self._measured: Measured | None = None
-        self._is_whole = False
-        self._whole: Whole | None = None
+        self._solver, self._listener, self._captured = solver, listener, captured
+        self.recording, self._follows, self._refuse = recording, follows, refuse
+        self.field: Any = None
+        self.has_tensors = False
         self._attempt: _Attempt | None = None
-        self._attempted = False
-        self._heard = _Heard()
-        self._form: Tableau | Whole | None = None
-        self._total: Tensor | None = None
-        self._totals: list[Tensor | None] = []
+        self._first_calls: list[Call] = []
+        self._first_drew = False
+        self._carried: Any = None  # what the step before handed on, as it is kept
         self._final: State | None = None
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
         self._inside: list[list[Tensor]] = []
-        self.field: Callable[..., Any] = listener
 
-    @property
-    def reversed(self) -> bool:
-        """Whether time runs backwards: torchdyn then gives its solver the negative field of the negative time."""
-        return self.field is not self._listener
-
-    def measure(self, x: State, t_span: Tensor) -> None:
-        """Called when torchdyn has synchronised its solver with the state, before the first evaluation."""
-        self._final = x
-        keys = None if isinstance(x, Tensor) else list(x)
-        self._measured = Measured(self._solver, self._interpolator, self._args, keys)
-        adaptive = self._solver.stepping_class == "adaptive"
-        clock = Clock.of(t_span[0], t_span[0], self._layout.pack(x).dtype)
-        tableau = None
-        try:
-            if any(parameter.requires_grad for parameter in self._solver.parameters()):
-                raise UnknownFormError("it has parameters of its own")
-            if not self._layout.uniform:
-                raise UnknownFormError("the entries of the state are not of one floating dtype")
-            if adaptive:
-                self._measured.start(clock)
-            else:
-                tableau = self._measured.alone(clock)
-        except UnknownFormError as reason:
-            if adaptive:
-                raise self._refuse(str(reason)) from reason
-            if self._layout.cost:
-                raise self._refuse(f"{reason}, so integral_loss has no weights to be integrated with") from reason
-            self._is_whole = True
-            self._listener.without_slopes()
-        if self._mode.methods and (tableau is None or not self._mode.admits(tableau)):
-            known = ", ".join(self._mode.methods)
-            raise ValueError(
-                f'sensitivity="{self._mode.name}" is for solvers whose step is that of one of {known}, but solver is '
-                f'{type(self._solver).__name__}. Use solver="euler" or another sensitivity.'
-            )
-
-    def step(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: State | None, args: Any) -> Any:
+    def step(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: Any, args: Any) -> Any:
         """In the place of ``solver.step``."""
         listener = self._listener
         self._settle(x)
-        first = not self._attempted
-        self._attempted = True
-        if first:  # not if it is the same step again, after one that was rejected
+        first = self.field is None
+        if first:
             self.field = f
-            self._heard = _Heard.of(listener).only(slice(1))
+            self._first_calls, self._first_drew = listener.calls[:1], listener.drew
         listener.start_step()
-        if first and self._is_whole:
-            self._whole = Whole(functools.partial(_advance, self._solver, f, self._layout, args))
-            handed, rest = None, [None]
-            new = self._followed(self._whole, x, t.detach(), dt.detach())
+        slopes: list[Any] = []
+        if self.recording.keep is Keep.SLOPES:
+            f = _kept(f, slopes)
+        if first and self._follows:
+            handed, new, *rest = self._followed(f, x, t.detach(), dt.detach(), k1, args)
         else:
             with torch.no_grad():
                 handed, new, *rest = self._solver.step(f, x, t.detach(), dt.detach(), k1=k1, args=args)
         new = detached(new)
-        self._attempt = _Attempt(x, new, t, dt, k1, handed, _Heard.of(listener), [])
+        if isinstance(handed, Tensor):
+            handed = handed.detach()
+        self._attempt = _Attempt(x, new, k1, t, dt, listener.calls, listener.drew, slopes, [])
         return handed, new, *rest
 
-    def _followed(self, whole: Whole, x: State, t: Tensor, dt: Tensor) -> State:
-        """The result of a first step that is whole, if autograd can follow it back to the state it starts from."""
-        self._listener.transparent = True
+    def _followed(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: Any, args: Any) -> Any:
+        """A step with its graph, the field's evaluations cut out: what does it use, and does it lead to its start?"""
         with torch.enable_grad():
-            start = self._layout.pack(x).detach().clone().requires_grad_()
-            end = whole.advance(t, dt, start)
-        self._listener.transparent = False
-        _, leaves = reachable([end.grad_fn], {})
-        if not any(leaf is start for leaf in leaves):
-            raise self._refuse("autograd cannot follow its step back to the state that it starts from")
-        self._captured.look([end], [start, t, dt])
-        return self._layout.unpack(end.detach())
+            start = [part.detach() for part in parts_of(x)]
+            for part in start:
+                part.requires_grad_(differentiable(part))
+            state = start[0] if isinstance(x, Tensor) else dict(zip(x, start, strict=True))
 
-    def inside(self, theta: Tensor) -> None:
+            def linked(t: Tensor, y: Any, *rest: Any, **kwargs: Any) -> Any:
+                slope = f(t, detached(y), *rest, **kwargs)
+                if isinstance(slope, Tensor) and isinstance(y, Tensor):
+                    return _Linked.apply(slope, y, lambda y: f(t, y, *rest, **kwargs))
+                return slope
+
+            result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
+            if not self._captured.look_at_step(parts_of(result[1]), start):
+                raise self._refuse("autograd cannot follow its step back to the state that it starts from")
+        self.has_tensors = True
+        return detached(result)
+
+    def inside(self, time: Tensor) -> None:
         """An output is interpolated in the latest step, which is thereby accepted."""
         assert self._attempt is not None
-        self._attempt.inside.append(theta)
+        self._attempt.inside.append(time)
 
     def _settle(self, x: State) -> None:
         """Record the latest step if the next one starts from its result ``x``."""
@@ -208,95 +143,54 @@ class Recorder:
             raise self._refuse("torchdyn goes on from a state that its step did not give")
 
     def _record(self, attempt: _Attempt) -> None:
+        first = not self._starts
         self._final = attempt.new
+        calls, drew = attempt.calls, attempt.drew
+        slope = "none" if attempt.slope is None else "own" if first else "carried"
+        if slope == "own":
+            calls, drew = [*self._first_calls, *calls], drew or self._first_drew
+        keeps = self.recording.keep is Keep.SLOPES
+        slopes = [*([attempt.slope] if slope == "own" else []), *attempt.slopes] if keeps else None
+        note = Note((attempt.t.dtype, attempt.t.shape), (attempt.dt.dtype, attempt.dt.shape), slope)
+        further = [attempt.slope] if slope == "carried" else []
+        self.recording.step(parts_of(attempt.x), further, calls, drew=drew, slopes=slopes, note=note)
         self._starts.append(attempt.t.reshape(()))
         self._sizes.append(attempt.dt.reshape(()))
-        self._inside.append([theta.reshape(()) for theta in attempt.inside])
-        state = self._layout.pack(attempt.x, self._total)
-        if self._whole is not None:
-            self._form = self._whole
-            random = attempt.heard.draws[:1] if attempt.heard.drew else ()
-            self.recording.step(self._whole, state, random=random, times=(attempt.t, attempt.dt))
-            return
-        carried = self._heard.only(slice(-1, None))
-        tableau = self._tableau(attempt, state.dtype)
-        own = carried.then(attempt.heard) if attempt.first is not None and not tableau.carried else attempt.heard
-        if len(own.times) != tableau.stages + (tableau.closing is not None):
-            raise self._refuse("the number of its field evaluations changes from step to step")
-        if self._layout.cost:
-            self._add_cost(tableau, attempt.dt, (*(carried.costs if tableau.carried else ()), *own.costs))
-        slopes = passed = None
-        if self.recording.keep is Keep.SLOPES:
-            slopes = torch.stack([slope.expand(state.shape) for slope in own.slopes[: tableau.stages]])
-            slopes = slopes.neg() if self.reversed else slopes
-        elif self.recording.keep is Keep.STATES and tableau.passes is not None:
-            assert attempt.handed is not None
-            cost = own.costs[tableau.passes] if self._layout.cost else None
-            passed = self._layout.pack(detached(attempt.handed), self._signed(cost))
-        random = own.draws if own.drew else ()
-        times = [time.neg() if self.reversed else time for time in own.times]
-        self.recording.step(tableau, state, slopes=slopes, passed=passed, random=random, times=times)
-        self._totals.append(self._total)
-        self._form, self._heard = tableau, attempt.heard
+        self._inside.append([time.reshape(()) for time in attempt.inside])
 
-    def _tableau(self, attempt: _Attempt, dtype: torch.dtype) -> Tableau:
-        assert self._measured is not None
-        clock = Clock.of(attempt.t, attempt.dt, dtype)
-        try:
-            if attempt.first is None:
-                return self._measured.alone(clock)
-            if isinstance(self._form, Tableau) and self._form.passes is not None:
-                return self._measured.carrying(clock)
-            return self._measured.start(clock)
-        except UnknownFormError as reason:
-            raise self._refuse(str(reason)) from reason
-
-    def _add_cost(self, tableau: Tableau, dt: Tensor, costs: Sequence[Tensor]) -> None:
-        size = dt.detach().reshape(()).to(torch.promote_types(dt.dtype, costs[0].dtype))
-        weighted = [weight * size * cost for weight, cost in zip(tableau.b, costs, strict=False) if weight]
-        change = self._signed(torch.stack(weighted).sum())
-        assert change is not None
-        self._total = change if self._total is None else self._total + change
-
-    def _signed(self, cost: Tensor | None) -> Tensor | None:
-        return cost.neg() if cost is not None and self.reversed else cost
-
-    def finish(self, t_eval: Tensor, rows: Tensor) -> Tensor:
+    def finish(self, t_eval: Tensor, solution: list[Tensor], x: State, adds_final: bool) -> list[Tensor]:
         """Called when torchdyn has returned: settle which output is which state.
 
         Args:
             t_eval: the times that torchdyn returned.
-            rows: its solution, packed.
+            solution: the parts of its solution.
+            x: the initial state.
+            adds_final: whether the last state is to be an output in any case.
 
         Returns:
-            The solution; where there is a running cost, its integral is the last entry of the last row, which is the
-            last state, added if that is no output.
+            The parts of the solution, with one more row for the last state if that was added.
         """
-        self._listener.conclude()
         if self._attempt is not None:
             self._record(self._attempt)
             self._attempt = None
-        ends = self._at_end(t_eval.detach(), len(rows))
-        output = len(rows) - sum(map(len, self._inside)) - sum(ends)
+        rows = len(solution[0])
+        ends = self._at_end(t_eval.detach(), rows)
+        output = rows - sum(map(len, self._inside)) - sum(ends)
         if output:
             self.recording.at_start.append(0)
-        for n, thetas in enumerate(self._inside):
-            for _ in thetas:
-                self.recording.interpolate(output, step=n)
+        for n, times in enumerate(self._inside):
+            for _ in times:
+                self.recording.output(output, step=n)
                 output += 1
             if ends[n]:
-                self.recording.interpolate(output, at_end=True, step=n)
-                total = self._totals[n] if self._layout.cost else None
-                if total is not None:
-                    rows[output, -1] = total
+                self.recording.output(output, at_end=True, step=n)
                 output += 1
-        assert self._final is not None
-        final = self._layout.pack(self._final, self._total)
-        if self._layout.cost and ends and not ends[-1]:
-            self.recording.interpolate(output, at_end=True)
-            rows = torch.cat([rows, final[None]])
-        self.recording.finish(final)
-        return rows
+        final = parts_of(x if self._final is None else self._final)
+        if adds_final and ends and not ends[-1]:
+            self.recording.output(output, at_end=True)
+            solution = [torch.cat([part, last[None]]) for part, last in zip(solution, final, strict=True)]
+        self.recording.finish(final, solution)
+        return solution
 
     def _at_end(self, t_eval: Tensor, rows: int) -> list[bool]:
         """Of each step, whether its end is an output, decided as torchdyn decides it."""
@@ -309,26 +203,88 @@ class Recorder:
         times = t_eval.tolist()
         found = []
         row = 1
-        for t, dt, thetas in zip(self._starts, self._sizes, self._inside, strict=True):
-            row += len(thetas)
+        for t, dt, inside in zip(self._starts, self._sizes, self._inside, strict=True):
+            row += len(inside)
             found.append(row < rows and float((t + dt).detach()) == times[row])
             row += found[-1]
         return found
 
-    def times(self) -> Times:
+    def times(self, device: torch.device) -> Times:
         """The times of the recorded solve, as torchdyn computed them from ``t_span``."""
         if not self._starts:
-            assert self._final is not None
-            none = torch.zeros(0, device=self._layout.pack(self._final).device)
+            none = torch.zeros(0, device=device)
             return Times(none, none, none, none)
         start, size = _stacked(self._starts), _stacked(self._sizes)
-        thetas = [theta for step in self._inside for theta in step]
-        return Times(start, size, start + size, _stacked(thetas) if thetas else start[:0])
+        inside = [time for step in self._inside for time in step]
+        return Times(start, size, (start + size).detach(), _stacked(inside) if inside else start[:0])
 
 
-def _advance(solver: Any, field: Any, layout: Layout, args: Any, t: Tensor, h: Tensor, y: Tensor) -> Tensor:
-    """A step done again as a whole. It holds nothing of the solve, as it lives as long as the gradient."""
-    return layout.pack(solver.step(field, layout.unpack(y), t, h, k1=None, args=args)[1])
+def _kept(f: Any, slopes: list[Any]) -> Callable[..., Any]:
+    """``f``, whose slopes are kept in ``slopes``."""
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        slope = f(*args, **kwargs)
+        slopes.append(slope)
+        return slope
+
+    return keeping
+
+
+class _Linked(torch.autograd.Function):
+    """A slope as a function of the state that it was evaluated at; a solver may differentiate it."""
+
+    @staticmethod
+    def forward(ctx: Any, slope: Tensor, y: Tensor, func: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.func = func
+        ctx.save_for_backward(y)
+        return slope.view_as(slope)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor | None, None]:
+        (y,) = ctx.saved_tensors
+        with torch.enable_grad():
+            y = y.detach().requires_grad_()
+            slope = ctx.func(y)
+        if not slope.requires_grad:
+            return None, None, None
+        return None, *torch.autograd.grad(slope, y, *cotangents, allow_unused=True), None
+
+
+class _InPlaceOf:
+    """In the place of one of the user's objects, of which it shows every attribute."""
+
+    def __init__(self, original: Any, recorder: Recorder) -> None:
+        self._original, self._recorder = original, recorder
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # torchdyn asks isinstance(solver, Tsitouras45)
+        return type(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+class RecordingSolver(_InPlaceOf):
+    """In the place of a solver."""
+
+    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> Any:
+        """As the solver does."""
+        return self._recorder.step(f, x, t, dt, k1, args)
+
+
+class RecordingInterpolator(_InPlaceOf):
+    """In the place of an interpolator."""
+
+    def fit(self, *args: Any, **kwargs: Any) -> Any:
+        """As the interpolator does."""
+        with torch.no_grad():
+            return self._original.fit(*args, **kwargs)
+
+    def evaluate(self, coefs: Any, t0: Tensor, t1: Tensor, t: Tensor) -> Any:
+        """As the interpolator does."""
+        self._recorder.inside(t)
+        with torch.no_grad():
+            return self._original.evaluate(coefs, t0, t1, t)
 
 
 def _stacked(times: Sequence[Tensor]) -> Tensor:

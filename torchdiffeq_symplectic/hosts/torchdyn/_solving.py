@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.closures import held_by, modules_of, tensors_of
-from torchdiffeq_symplectic.gradient import Solve, attach
-from torchdiffeq_symplectic.hosts.torchdyn._captured import Captured
-from torchdiffeq_symplectic.hosts.torchdyn._host import DEFuncBase, Tsitouras45, odeint, str_to_interp
-from torchdiffeq_symplectic.hosts.torchdyn._listening import Listener
-from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder
-from torchdiffeq_symplectic.hosts.torchdyn._stands import RecordingInterpolator, RecordingSolver
-from torchdiffeq_symplectic.hosts.torchdyn._states import Layout, State, detached, tensors_in
+from torchdiffeq_symplectic.errors import UnsupportedSolverError
+from torchdiffeq_symplectic.field import Listener, detached, with_graph
+from torchdiffeq_symplectic.hosts.torchdyn._host import PLAIN_SOLVERS, Tsitouras45, odeint, str_to_interp
+from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder, RecordingInterpolator, RecordingSolver
+from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of, tensors_in
+from torchdiffeq_symplectic.hosts.torchdyn._steps import Cost, SolverStepper
 from torchdiffeq_symplectic.modes import Mode, configured
-from torchdiffeq_symplectic.surroundings import Surroundings
-from torchdiffeq_symplectic.trajectory import Keep
+from torchdiffeq_symplectic.replay import Conditions
+from torchdiffeq_symplectic.solve_function import Solve, attach, warn_of_escaped
+from torchdiffeq_symplectic.tape import Recording
+from torchdiffeq_symplectic.uses import Captured, search
 
 __all__ = ["Call", "PlainField", "needs_gradient", "solve"]
-
-# What torchdyn sets on modules anew at each forward pass: the noise of a trace estimate, the control of DataControl.
-_SET_ANEW = ("noise", "_control")
 
 # What torchdyn gives to a field without parameters.
 _DUMMY = "dummy_parameter"
@@ -91,124 +88,118 @@ def needs_gradient(values: Iterable[Any], parts: Iterable[object]) -> bool:
         return False
     if any(tensor.requires_grad for value in values for tensor in tensors_in(value)):
         return True
-    for part in parts:
-        modules, tensors = held_by(part)
-        dummies = [module._parameters.get(_DUMMY) for module in modules]
-        parameters = (parameter for module in modules for parameter in module.parameters(recurse=False))
-        if any(
-            tensor.requires_grad and not any(tensor is dummy for dummy in dummies) for tensor in (*tensors, *parameters)
-        ):
-            return True
-    return False
+    return any(tensor.requires_grad for tensor in _watched(*parts)[1])
+
+
+def _watched(*parts: object) -> tuple[Any, list[Tensor]]:
+    """What ``parts`` hold, and the tensors among it that an evaluation may reach."""
+    held = search(*parts)
+    dummies = {id(module._parameters.get(_DUMMY)) for module in held.modules}
+    return held, [tensor for tensor in held.tensors if id(tensor) not in dummies]
 
 
 def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     """Output times and the solution with the gradient of ``mode``.
 
     Raises:
-        NotImplementedError: if the solver's steps cannot be replayed.
-        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value, or the mode is not for
-            the solver.
+        UnsupportedSolverError: if the solver's steps cannot be replayed.
+        ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
     mode, check = configured(mode, call.options)
     if not torch.is_grad_enabled():
         return call.run(call.vf, call.x, call.solver, call.interpolator)
-    layout = Layout(call.x, call.integral_loss is not None)
-    initial = layout.pack(call.x)
-    functions = _functions(call)
-    parts = (call.vf, call.solver, call.integral_loss, *functions)
-    declared = list(dict.fromkeys(module for part in parts for module in modules_of(part)))
-    found, hidden = held_by(parts)
-    modules = list(dict.fromkeys([*declared, *found]))
-    attributes = [(module, name) for module in modules for name in _SET_ANEW if name in vars(module)]
-    surroundings = Surroundings(modules, initial.device, attributes)
-    params = [param for module in declared for param in module.parameters(recurse=False)]
-    hidden += [param for module in found for param in module.parameters(recurse=False)]
-    held = [*(tensor for function in functions for tensor in tensors_of(function)), *tensors_in(call.args)]
-    captured = Captured(params, declared, held, hidden)
-    slopes = mode.keep is Keep.SLOPES
-    listener = Listener(call.vf, call.integral_loss, layout, captured, surroundings.random, slopes, call.graph)
-    interpolator = _interpolator(call, initial)
-    refuse = _refusal(mode, call.solver)
-    recorder = Recorder(call.solver, interpolator, listener, layout, captured, mode, call.args, refuse)
+    parts = parts_of(call.x)
+    keys = None if isinstance(call.x, Tensor) else list(call.x)
+    held, watched = _watched(call.vf, call.solver, call.integral_loss, call.args)
+    conditions = Conditions(held, parts[0].device)
+    captured = Captured(held.tensors, conditions.random, watched)
+    func = with_graph(call.vf) if call.graph else call.vf
+    listener = Listener(_charged(func, call), conditions, captured, keeps_slopes=False)
+    recording = Recording(mode.keep, parts)
+    solver, interpolator = call.solver, _interpolator(call)
+    recorder = Recorder(
+        solver,
+        listener,
+        captured,
+        recording,
+        type(solver) not in PLAIN_SOLVERS or _has_gradients(solver),
+        _refusal(mode, solver),
+    )
+    if call.integral_loss is not None and (keys is not None or type(solver) not in PLAIN_SOLVERS):
+        raise _refusal(mode, solver)("only torchdyn's explicit solvers of tensors have weights to integrate integral_loss")
     spans = tensors_in(call.t_span)
     with torch.set_grad_enabled(any(span.requires_grad for span in spans)):
         t_eval, solution = call.run(
             listener,
             detached(call.x),
-            RecordingSolver(call.solver, recorder),
+            RecordingSolver(solver, recorder),
             None if interpolator is None else RecordingInterpolator(interpolator, recorder),
         )
     solution = detached(solution)
-    rows = recorder.finish(t_eval, layout.pack_solution(solution))
-    surroundings.solved()
-    if not any(tensor.requires_grad for tensor in (initial, *spans, *captured.tensors)):
+    rows = recorder.finish(t_eval, parts_of(solution), call.x, adds_final=call.integral_loss is not None)
+    listener.close()
+    conditions.solved()
+    if captured.escaped:
+        warn_of_escaped()
+    if not any(tensor.requires_grad for tensor in (*parts, *spans, *captured.tensors)):
         return t_eval, solution
-    finished = Solve(mode, recorder.recording, _packed(recorder, call.integral_loss, layout), surroundings, check)
-    result = attach(finished, rows, initial, recorder.times(), captured.tensors)
-    if layout.cost:
-        result = _WithCost.apply(result[: len(t_eval)], result[-1, -1])
-    return t_eval, layout.unpack_solution(result)
+    field = func if recorder.field is None else recorder.field
+    cost = None
+    if call.integral_loss is not None:
+        listener.replace(func)  # the replay adds the running cost itself
+        cost = Cost(call.integral_loss, 1 if field is listener else -1, parts[0].shape)
+        field = cost.field(field)
+    stepper = SolverStepper(solver, call.args, keys, cost, interpolator, recorder.has_tensors)
+    finished = Solve(mode, recording, stepper, field, conditions, check, retains=captured.walked_through)
+    times = recorder.times(parts[0].device)
+    result = attach(finished, rows, parts, times, captured.tensors)
+    return t_eval, state_of([part[: len(t_eval)] for part in result], keys)
 
 
-def _functions(call: Call) -> Sequence[object]:
-    """The plain functions that are evaluated; torchdyn wraps one that is given as field into a module."""
-    functions = [module.vf for module in call.vf.modules() if isinstance(module, DEFuncBase | PlainField)]
-    return [
-        function
-        for function in (*functions, call.integral_loss)
-        if callable(function) and not isinstance(function, nn.Module)
-    ]
+def _charged(func: Callable[..., Any], call: Call) -> Callable[..., Any]:
+    """The field, which also evaluates the running cost, so that what that uses is found."""
+    cost = call.integral_loss
+    if cost is None:
+        return func
+
+    def charged(t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
+        slope = func(t, x, *args, **kwargs)
+        return _Used.apply(slope, cost(t, x).sum())
+
+    return charged
 
 
-class _WithCost(torch.autograd.Function):
-    """The solution; the integral of the running cost adds to whatever loss there is, so its cotangent is one."""
+class _Used(torch.autograd.Function):
+    """The first tensor, with the others in its graph."""
 
     @staticmethod
-    def forward(ctx: Any, solution: Tensor, total: Tensor) -> Tensor:
-        return solution.view_as(solution)
+    def forward(ctx: Any, slope: Tensor, *used: Tensor) -> Tensor:
+        return slope.view_as(slope)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "integral_loss adds its gradient to every backward pass, so that of a gradient is not defined, and "
-                "create_graph=True not supported. To differentiate twice, carry the running cost in the state."
-            )
-        (cotangent,) = cotangents
-        return cotangent, cotangent.new_ones(())
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        raise NotImplementedError  # the graph is looked at, not differentiated
 
 
-def _interpolator(call: Call, x: State) -> Any:
+def _has_gradients(solver: Any) -> bool:
+    """Whether something in the solver needs a gradient."""
+    return any(tensor.requires_grad for tensor in search(solver).tensors)
+
+
+def _interpolator(call: Call) -> Any:
     """The interpolator that torchdyn will use, an object, or None."""
     if isinstance(call.solver, Tsitouras45) or call.solver.stepping_class != "adaptive":
         return None
     if not isinstance(call.interpolator, str):
         return call.interpolator
-    interpolator = str_to_interp(call.interpolator, x.dtype)  # type: ignore[union-attr]
-    interpolator.sync_device_dtype(x, None)
+    interpolator = str_to_interp(call.interpolator, call.x.dtype)  # type: ignore[union-attr]
+    interpolator.sync_device_dtype(call.x, None)
     return interpolator
-
-
-def _packed(
-    recorder: Recorder, cost: Callable[[Tensor, Any], Tensor] | None, layout: Layout
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """The field as the solver calls it, of packed states."""
-    field, sign = recorder.field, -1 if recorder.reversed else 1
-    if layout.plain:
-        return field
-
-    def packed(t: Tensor, y: Tensor) -> Tensor:
-        x = layout.unpack(y)
-        slope = field(t, x)
-        return layout.pack(slope, None if cost is None else sign * cost(sign * t, x).sum())
-
-    return packed
 
 
 def _refusal(mode: Mode, solver: Any) -> Callable[[str], Exception]:
     def refuse(reason: str) -> Exception:
-        return NotImplementedError(
+        return UnsupportedSolverError(
             f'solver {type(solver).__name__} cannot be differentiated exactly by sensitivity="{mode.name}": {reason}. '
             'Use an explicit solver of torchdyn; sensitivity="autograd", where autograd can follow the step; or '
             'sensitivity="adjoint" with an explicit solver_adjoint, which is approximate.'
