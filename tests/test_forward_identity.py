@@ -44,13 +44,13 @@ class Recorded(Mixing):
         return super().forward(t, y)
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.reports.append(("step", float(t0), float(dt)))
+        self.reports.append(("step", float(t0.detach()), float(dt.detach())))
 
     def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.reports.append(("accept", float(t0), float(dt)))
+        self.reports.append(("accept", float(t0.detach()), float(dt.detach())))
 
     def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-        self.reports.append(("reject", float(t0), float(dt)))
+        self.reports.append(("reject", float(t0.detach()), float(dt.detach())))
 
 
 def observed(mode: str, method: str) -> tuple[Tensor, Recorded]:
