@@ -52,7 +52,9 @@ def test_float32(mode: str, method: str) -> None:
     assert_exact(problem_for(method, (2, 2), torch.float32), mode, method, **COARSER.get(method, {}))
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if row.host == "torchdyn" and not row.adaptive])
+@pytest.mark.parametrize(
+    "method", [name for name, row in METHODS.items() if row.host == "torchdyn" and not row.adaptive]
+)
 @pytest.mark.parametrize("mode", ["symplectic", "stages", "aca"])
 def test_torchdyns_state_gradient_is_backpropagations_to_the_last_bits_in_float32(mode: str, method: str) -> None:
     """Coefficients measured off a step were right to 1e-7 only; the step itself is right to the order of a sum."""

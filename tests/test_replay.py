@@ -91,7 +91,8 @@ class Thermostat(nn.Module):
 
 
 ENTRIES = 40
-EXPLICIT_STEPS = [name for name, row in METHODS.items() if not row.halves and name not in ("torchdyn-projecting",)]
+# Implicit Adams methods do not converge on a field that jumps.
+OF_ONE_STATE = [n for n, row in METHODS.items() if not row.halves and n not in ("implicit_adams", "fixed_adams")]
 
 
 def thermostat(method: str, dtype: torch.dtype) -> Problem:
@@ -117,7 +118,7 @@ def thermostat(method: str, dtype: torch.dtype) -> Problem:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
-@pytest.mark.parametrize("method", EXPLICIT_STEPS)
+@pytest.mark.parametrize("method", OF_ONE_STATE)
 @pytest.mark.parametrize("mode", ["symplectic", "aca"])
 def test_a_field_that_switches_at_a_state_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     """Recomputed in another order, the stage fell on the other side of its threshold: a ReplayError, and a gradient of
@@ -154,8 +155,8 @@ def test_channels_last_with_dropout(mode: str, method: str) -> None:
     assert error(gradient(mode), gradient(BACKPROPAGATION)) < 1e-11
 
 
-@each_of_few
-@each_mode
+@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.halves])
+@pytest.mark.parametrize("mode", ["symplectic", "aca"])
 def test_a_field_that_views_the_memory_of_a_transposed_state(mode: str, method: str) -> None:
     """``y.t().view(-1)`` fails on a contiguous state: it crashed in backward."""
     weight = uniform(6, 6, seed=1).requires_grad_()
@@ -232,7 +233,9 @@ def test_no_false_alarm_on_badly_scaled_fields(mode: str, method: str, field: An
 def test_no_false_alarm_over_a_thousand_steps(mode: str, kind: str) -> None:
     problem = problem_for("rk4", (3,), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
-        solution = solve(mode, problem.field, problem.y0, torch.linspace(0, 20, 1001), "rk4", options={"step_size": None})
+        solution = solve(
+            mode, problem.field, problem.y0, torch.linspace(0, 20, 1001), "rk4", options={"step_size": None}
+        )
     torch.autograd.grad(solution[-1].abs().sum(), [problem.y0, *problem.field.parameters()])  # type: ignore[attr-defined]
 
 
