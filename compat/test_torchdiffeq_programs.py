@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchdiffeq
-from harness import is_replayed
+from old_harness import is_replayed
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torchdiffeq._impl import rk_common

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("torchdyn")
 
-from harness import is_replayed
+from old_harness import is_replayed
 from torchdyn.core import NeuralODE
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Net, each_mode, error, initial, loss_of, solve, times
+from old_harness import Net, each_mode, error, initial, loss_of, solve, times
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.bfloat16).eps

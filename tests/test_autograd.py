@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from harness import SOLVERS, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
+from old_harness import SOLVERS, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor
 
 from torchdiffeq_symplectic.benchmark import live_bytes

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import MODES, Net, each_mode, initial, loss_of, solve, times
+from old_harness import MODES, Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor, nn
 
 slow = functools.partial(pytest.param, marks=pytest.mark.slow)

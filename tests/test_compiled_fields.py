@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Net, each_mode, error, gradients, initial, loss_of, solve, times
+from old_harness import Net, each_mode, error, gradients, initial, loss_of, solve, times
 from torch import Tensor
 
 slow = pytest.mark.slow

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Net, each_mode, each_solver, error, initial, loss_of, solve, times
+from old_harness import Net, each_mode, each_solver, error, initial, loss_of, solve, times
 from torch import Tensor
 
 EXACT = 1e-11

@@ -1,140 +1,170 @@
-"""With a gradient mode on, the forward solve is torchdiffeq's own: same values, same calls; and its own modes stay."""
+"""With a gradient mode on, the forward pass is the host's own: values, calls, words and errors, bit for bit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torchdiffeq
-from cases import METHODS, MODES, Mixing, each_kind, each_method, each_mode, gradients_of, loss_of, mixing_problem
+from harness import (
+    BACKPROPAGATION,
+    METHODS,
+    OF_TORCHDIFFEQ,
+    Mixing,
+    each_method,
+    each_mode,
+    each_of_few,
+    initial,
+    problem_for,
+    solve,
+    times,
+    uniform,
+)
 from torch import Tensor
 
 import torchdiffeq_symplectic
 
+of_torchdiffeq = pytest.mark.parametrize("method", OF_TORCHDIFFEQ)
+
 
 class Recorded(Mixing):
-    """Notes every call and every report of the solver."""
+    """Notes each time and state it is asked for, whether gradients were enabled, and what the solver reports."""
 
     def __init__(self, size: int) -> None:
         super().__init__(size, seed=5)
         self.calls: list[tuple[Tensor, Tensor]] = []
         self.reports: list[tuple[str, float, float]] = []
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Any, args: Any = None) -> Any:
         self.calls.append((t.detach().clone(), y.detach().clone()))
         return super().forward(t, y)
 
     def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
         self.reports.append(("step", float(t0.detach()), float(dt.detach())))
 
+    def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.reports.append(("accept", float(t0.detach()), float(dt.detach())))
+
+    def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
+        self.reports.append(("reject", float(t0.detach()), float(dt.detach())))
+
+
+def observed(mode: str, method: str) -> tuple[Tensor, Recorded]:
+    problem = problem_for(method)
+    field = Recorded(6)
+    with warnings.catch_warnings():  # a solver that knows no callback says so, in every mode
+        warnings.filterwarnings("ignore", message="Solver .* does not support callbacks|.*callback")
+        return solve(mode, field, problem.y0, problem.t, method, **problem.settings), field
+
 
 @each_method
 @each_mode
-def test_values_calls_and_reports_are_those_of_odeint(mode: str, method: str) -> None:
-    problem = mixing_problem()
-    true_func, func = Recorded(6), Recorded(6)
-    truth = torchdiffeq.odeint(true_func, problem.y0, problem.t, **METHODS[method])
-    found = torchdiffeq.odeint_adjoint(func, problem.y0, problem.t, **METHODS[method], **MODES[mode])
+def test_values_calls_and_reports_are_those_of_the_host(mode: str, method: str) -> None:
+    truth, expected = observed(BACKPROPAGATION, method)
+    found, field = observed(mode, method)
     assert torch.equal(found, truth)
     assert found.requires_grad
-    assert len(func.calls) == len(true_func.calls)
-    for (t, y), (true_t, true_y) in zip(func.calls, true_func.calls, strict=True):
-        assert t.dtype == true_t.dtype
+    assert len(field.calls) == len(expected.calls)
+    for (t, y), (true_t, true_y) in zip(field.calls, expected.calls, strict=True):
         assert torch.equal(t, true_t)
         assert torch.equal(y, true_y)
-    assert func.reports == true_func.reports
-    assert func.reports
+    assert field.reports == expected.reports
 
 
+@each_of_few
 @each_mode
-def test_values_with_all_defaults(mode: str) -> None:
-    problem = mixing_problem()
-    truth = torchdiffeq.odeint(problem.func, problem.y0, problem.t)
-    adjoint = torchdiffeq.odeint_adjoint(problem.func, problem.y0, problem.t)
-    found = torchdiffeq.odeint_adjoint(problem.func, problem.y0, problem.t, **MODES[mode])
-    assert torch.equal(found, truth)
-    assert torch.equal(found, adjoint)
-
-
-@each_kind
-@each_mode
-def test_values_are_the_same_where_no_gradient_is_asked_for(mode: str, method: str) -> None:
-    problem = mixing_problem()
+def test_values_are_the_same_without_gradients(mode: str, method: str) -> None:
+    problem = problem_for(method)
+    truth = solve(BACKPROPAGATION, problem.field, problem.y0, problem.t, method)
     with torch.no_grad():
-        truth = torchdiffeq.odeint(problem.func, problem.y0, problem.t, **METHODS[method])
-        found = torchdiffeq.odeint_adjoint(problem.func, problem.y0, problem.t, **METHODS[method], **MODES[mode])
+        found = solve(mode, problem.field, problem.y0, problem.t, method)
     assert torch.equal(found, truth)
     assert not found.requires_grad
 
 
-@each_kind
-@each_mode
-def test_the_entry_point_without_patches_gives_the_same_bits(mode: str, method: str) -> None:
-    problem = mixing_problem()
-    wanted = problem.wanted()
-    patched, direct = (
-        odeint_adjoint(problem.func, problem.y0, problem.t, **METHODS[method], **MODES[mode])
-        for odeint_adjoint in (torchdiffeq.odeint_adjoint, torchdiffeq_symplectic.odeint_adjoint)
+@pytest.mark.parametrize("mode", ["use:symplectic", "use:aca"])
+@each_method
+def test_values_are_the_same_where_the_mode_is_chosen_by_use(mode: str, method: str) -> None:
+    problem = problem_for(method)
+    truth = solve(BACKPROPAGATION, problem.field, problem.y0, problem.t, method, **problem.settings)
+    assert torch.equal(solve(mode, problem.field, problem.y0, problem.t, method, **problem.settings), truth)
+
+
+@of_torchdiffeq
+def test_the_packages_own_function_is_the_patched_one(method: str) -> None:
+    problem = problem_for(method)
+    own = torchdiffeq_symplectic.odeint_adjoint(
+        problem.field, problem.y0, problem.t, method=method, adjoint_method="symplectic", **METHODS[method].settings
     )
-    assert torch.equal(patched, direct)
-    expected = gradients_of(loss_of(patched), wanted)
-    for name, gradient in gradients_of(loss_of(direct), wanted).items():
-        assert gradient is not None
-        assert torch.equal(gradient, expected[name]), name  # type: ignore[arg-type]
+    assert torch.equal(own, solve("symplectic", problem.field, problem.y0, problem.t, method))
 
 
-@pytest.fixture
-def unregistered() -> Iterator[Any]:
-    """Upstream's own function, as it is without this package."""
-    torchdiffeq_symplectic.unregister()
-    upstream = torchdiffeq.odeint_adjoint
-    torchdiffeq_symplectic.register()
-    yield upstream
-    torchdiffeq_symplectic.register()
+@each_mode
+def test_all_defaults_are_torchdiffeqs(mode: str) -> None:
+    field, y0 = Mixing(6), uniform(2, 3, seed=4).requires_grad_()
+    truth = torchdiffeq.odeint(field, y0, times())
+    name = "symplectic" if mode == "stages" else mode
+    assert torch.equal(torchdiffeq.odeint_adjoint(field, y0, times(), adjoint_method=name), truth)
+
+
+# Errors and warnings of the host, which a mode must neither swallow nor replace.
+
+FAULTS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "no times": lambda call: call | {"t": torch.empty(0, dtype=torch.float64)},
+    "times in disorder": lambda call: call | {"t": times(0.0, 0.5, 0.2)},
+    "times of rank 2": lambda call: call | {"t": times().reshape(2, 2)},
+    "unknown method": lambda call: call | {"method": "no_such_method"},
+    "state of whole numbers": lambda call: call | {"y0": torch.ones(2, 3, dtype=torch.int64)},
+    "times of whole numbers": lambda call: call | {"t": torch.tensor([0, 1])},
+    "two grids": lambda call: call | {"options": {"step_size": 0.1, "grid_constructor": lambda f, y, t: t}},
+    "unknown interpolation": lambda call: call | {"options": {"step_size": 0.3, "interp": "quintic"}},
+    "unknown option": lambda call: call | {"options": {"step_size": 0.3, "grid_points": 3}},
+    "too many steps": lambda call: call | {"method": "dopri5", "options": {"max_num_steps": 1}, "t": times(0.0, 9.0)},
+}
+
+
+def words(solve: Callable[..., Any], call: dict[str, Any]) -> tuple[str, list[str]]:
+    """What an attempt raises and warns."""
+    raised = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            solve(**call)
+        except Exception as problem:  # noqa: BLE001 (any error of the host is to be compared)
+            raised = f"{type(problem).__name__}: {problem}"
+    return raised, sorted({str(warning.message) for warning in caught})
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@each_mode
+def test_errors_and_warnings_are_those_of_odeint(mode: str, fault: str) -> None:
+    call = FAULTS[fault]({"func": Mixing(6), "y0": initial(), "t": times(), "method": "rk4"})
+    expected = words(torchdiffeq.odeint, call)
+    assert expected != ("", [])
+    name = "symplectic" if mode == "stages" else mode
+    assert words(torchdiffeq.odeint_adjoint, call | {"adjoint_method": name}) == expected
 
 
 UPSTREAM: dict[str, dict[str, Any]] = {
-    "defaults": {},
-    "rk4": {"method": "rk4", "options": {"step_size": 0.2}},
-    "dopri5-and-rk4": {"adjoint_method": "rk4", "adjoint_options": {"step_size": 0.1}, "rtol": 1e-4},
-    "rk4-and-adaptive_heun": {"method": "rk4", "adjoint_method": "adaptive_heun", "adjoint_rtol": 1e-2},
-    "seminorm": {"rtol": 1e-4, "adjoint_options": {"norm": "seminorm"}},
-    "adams": {"method": "explicit_adams", "options": {"step_size": 0.2}},
+    "adjoint": {},
+    "adjoint by rk4": {"adjoint_method": "rk4", "adjoint_options": {"step_size": 0.1}},
+    "seminorm": {"adjoint_options": {"norm": "seminorm"}},
 }
 
 
-@pytest.mark.parametrize("case", UPSTREAM)
-def test_upstreams_own_modes_give_the_same_bits(case: str, unregistered: Any) -> None:
-    problem = mixing_problem()
-    wanted = problem.wanted()
-    before = unregistered(problem.func, problem.y0, problem.t, **UPSTREAM[case])
-    after = torchdiffeq.odeint_adjoint(problem.func, problem.y0, problem.t, **UPSTREAM[case])
-    assert torchdiffeq.odeint_adjoint is not unregistered
-    assert torch.equal(before, after)
-    expected = gradients_of(loss_of(before), wanted)
-    for name, gradient in gradients_of(loss_of(after), wanted).items():
-        assert gradient is not None
-        assert torch.equal(gradient, expected[name]), name  # type: ignore[arg-type]
+@pytest.mark.parametrize("name", UPSTREAM)
+@pytest.mark.parametrize("chosen", [False, True], ids=["", "beside use(None)"])
+def test_upstreams_own_adjoint_is_untouched(name: str, chosen: bool) -> None:
+    def run() -> tuple[Tensor, ...]:
+        field, y0 = Mixing(6), initial()
+        with torchdiffeq_symplectic.use(None) if chosen else contextlib.nullcontext():
+            solution = torchdiffeq.odeint_adjoint(field, y0, times(), **UPSTREAM[name])
+        return solution, *torch.autograd.grad(solution.square().sum(), [y0, *field.parameters()])
 
-
-REFUSED: dict[str, dict[str, Any]] = {
-    "unknown-method": {"method": "rk5"},
-    "options-without-adjoint-options": {"method": "rk4", "options": {}, "adjoint_method": "dopri5"},
-    "no-module": {"func": lambda t, y: y},
-    "tuple-tolerances-of-wrong-length": {"y0": (torch.ones(2),), "rtol": [1e-3, 1e-3]},
-    "constant-times": {"t": torch.tensor([0.0, 0.0])},
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_upstreams_own_errors_are_the_same(case: str, unregistered: Any) -> None:
-    problem = mixing_problem()
-    arguments = {"func": problem.func, "y0": problem.y0, "t": problem.t} | REFUSED[case]
-    messages = []
-    for odeint_adjoint in (unregistered, torchdiffeq.odeint_adjoint):
-        with pytest.raises((ValueError, AssertionError)) as caught:
-            odeint_adjoint(**arguments)
-        messages.append((caught.type, str(caught.value)))
-    assert messages[0] == messages[1]
+    found = run()
+    torchdiffeq_symplectic.unregister()
+    assert all(map(torch.equal, found, run()))

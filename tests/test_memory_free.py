@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Net, error, initial, loss_of, times
+from old_harness import Net, error, initial, loss_of, times
 from residual_blocks import HEUN, needs_heun
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS

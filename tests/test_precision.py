@@ -7,7 +7,7 @@ import functools
 
 import pytest
 import torch
-from harness import Net, error, initial, loss_of, solve
+from old_harness import Net, error, initial, loss_of, solve
 from torch import Tensor, nn
 
 STEPS = 1024

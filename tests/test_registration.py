@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torchdiffeq
-from harness import Net, each_mode, initial, loss_of, solve, times
+from old_harness import Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 from torchdiffeq._impl import adjoint
 

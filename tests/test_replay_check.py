@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import MODES, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
+from old_harness import MODES, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import ReplayError, ReplayWarning

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import error, loss_of
+from old_harness import error, loss_of
 from residual_blocks import FORMS, Dense, calls, forms, hidden_states, sequence_of, state
 from torch import Tensor, nn
 

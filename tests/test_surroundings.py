@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
+from old_harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.closures import modules_of

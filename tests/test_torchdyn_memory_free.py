@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Net, error, loss_of
+from old_harness import Net, error, loss_of
 from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import error
+from old_harness import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from harness import MODES, Net, each_mode, initial, solve, times
+from old_harness import MODES, Net, each_mode, initial, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
