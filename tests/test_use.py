@@ -146,7 +146,7 @@ def test_threads_choose_for_themselves_at_the_same_time() -> None:
 
 
 def name_of_current() -> str | None:
-    choice = torchdiffeq_symplectic.switch.current()
+    choice = torchdiffeq_symplectic.context.current()
     return None if choice is None else choice.mode.name
 
 

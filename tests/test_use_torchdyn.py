@@ -269,4 +269,4 @@ def test_the_packages_own_name_of_the_solver_object_is_not_changed() -> None:
     with use("symplectic"):
         torchdyn.numerics.odeint(Net(), state(), SPAN, solver)
     assert vars(solver).keys() == before.keys()
-    assert torchdiffeq_symplectic.switch.current() is None
+    assert torchdiffeq_symplectic.context.current() is None

@@ -21,7 +21,7 @@ from torchdiffeq_symplectic.engine import vector_jacobian_products
 from torchdiffeq_symplectic.errors import ReplayError
 from torchdiffeq_symplectic.graph import Gate, Gated, edge_of, reached
 from torchdiffeq_symplectic.products import Products
-from torchdiffeq_symplectic.replay import Conditions
+from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.tape import Step
 from torchdiffeq_symplectic.uses import Captured, Substituted, derived
 
@@ -89,7 +89,8 @@ class Listener:
         draw = self._conditions.random.get()
         new: Sequence[Tensor] = ()
         if self._captured.looks:
-            slope, new = self._captured.evaluate(self._func, t, y, *args, **kwargs)
+            with self._conditions.autocast():  # without its cache, which would serve later evaluations
+                slope, new = self._captured.evaluate(self._func, t, y, *args, **kwargs)
             if self._is_first:
                 self._conditions.evaluated()
             self._is_first = False
@@ -165,7 +166,8 @@ class Field:
         func: as the host's solver calls it.
         targets: the tensors that it is differentiated with respect to, besides state and time.
         conditions: what else it depends on.
-        wants_time: whether products with the time are needed.
+        check: is told whether evaluations give what they gave.
+        wants_time: whether the times of the solve need a gradient.
         expected: targets, by number, that the evaluation of a step and number must reach.
         linked: whether products are to be differentiable with respect to the targets.
         retains: whether the graph of an evaluation goes on into graphs made before, which must be kept.
@@ -183,6 +185,7 @@ class Field:
         func: Callable[..., Any],
         targets: Sequence[Tensor],
         conditions: Conditions,
+        check: ReplayCheck,
         *,
         wants_time: bool,
         expected: Mapping[tuple[int, int], Sequence[int]],
@@ -191,6 +194,7 @@ class Field:
     ) -> None:
         self._func = func
         self._conditions = conditions
+        self._check = check
         self._expected = expected
         self._present = [i for i, target in enumerate(targets) if target.requires_grad]
         self.retains = retains
@@ -225,10 +229,15 @@ class Field:
         number, self._number = self._number, self._number + 1
         slopes = self._step.slopes
         if not self.cuts:
-            return self.evaluate(number, t, y, *args, **kwargs)
+            slope = self.evaluate(number, t, y, *args, **kwargs)
+            key = self._step.number, number
+            if key in self._expected:
+                parts = [part for part in pytree.tree_leaves(slope) if isinstance(part, Tensor) and part.requires_grad]
+                self._compare(key, self.reached_by(parts))
+            return slope
         if not torch.is_grad_enabled():
             return self.evaluate(number, t, y, *args, **kwargs) if slopes is None else slopes[number]
-        call = _CutCall(self, self._step, number, args, kwargs)
+        call = _CutCall(self, self._step, number, t.requires_grad, args, kwargs)
         if isinstance(y, Tensor):
             return call.unpack(_Cut.apply(call, t, y))
         parts, call.rebuild = pytree.tree_flatten(y)
@@ -247,18 +256,24 @@ class Field:
             return self._func(t, y, *args, **kwargs)
 
     def linearise(self, number: int, t: Tensor, *y: Tensor, call: _CutCall | None = None) -> Linearisation:
-        """Evaluation ``number`` of the step, with its graph, at fresh leaves."""
+        """Evaluation ``number`` of the step, with its graph, at fresh leaves: it must be what it was before."""
         leaves = [part.detach() for part in y]
         for part in leaves:
             if differentiable(part):
                 part.requires_grad_()
-        t = t.detach().requires_grad_(self.wants_time)
+        wants_time = call is not None and call.wants_time
+        t = t.detach().requires_grad_(wants_time)
         with torch.enable_grad():
             if call is None:
                 value = self.evaluate(number, t, *leaves)
             else:
                 value = self.evaluate(number, t, call.pack(leaves), *call.args, **call.kwargs)
-        return Linearisation(number, value, (*leaves, t) if self.wants_time else tuple(leaves))
+        assert self._step is not None
+        if self._step.slopes is not None:
+            pairs = zip(pytree.tree_leaves(value), pytree.tree_leaves(self._step.slopes[number]), strict=True)
+            for part, recorded in pairs:
+                self._check.slope(self._step.number, part.detach(), recorded, self._step.size)
+        return Linearisation(number, value, (*leaves, t) if wants_time else tuple(leaves))
 
     def pull_back(
         self, linearisation: Linearisation, values: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -273,7 +288,8 @@ class Field:
         key = self._step.number, linearisation.number
         leaves = linearisation.leaves
         if not pairs:
-            self._compare(key, ())
+            if any(cotangent is not None for cotangent in cotangents):
+                self._compare(key, ())
             return [None] * len(leaves)
         asked = self._present
         tensors: Sequence[Tensor] = self._asked
@@ -307,11 +323,6 @@ class Field:
         """The targets that a step's own graph may reach, by number, and what stands for them in it."""
         return self._present, self._asked
 
-    def compare_step(self, step: Step, found: Sequence[int]) -> None:
-        """Make sure that the graph of a whole step reached what its evaluations reached in the forward pass."""
-        for number in range(step.calls):
-            self._compare((step.number, number), found)
-
     def _compare(self, key: tuple[int, int], found: Sequence[int]) -> None:
         missing = [i for i in self._expected.get(key, ()) if i not in found and i in self._present]
         if missing:
@@ -340,10 +351,11 @@ def _apart(targets: Sequence[Tensor]) -> list[int]:
 class _CutCall:
     """A call that is cut out of the graph of its step."""
 
-    __slots__ = ("args", "field", "kwargs", "linearisation", "number", "rebuild", "slope", "step")
+    __slots__ = ("args", "field", "kwargs", "linearisation", "number", "rebuild", "slope", "step", "wants_time")
 
-    def __init__(self, field: Field, step: Step, number: int, args: Any, kwargs: Any) -> None:
+    def __init__(self, field: Field, step: Step, number: int, wants_time: bool, args: Any, kwargs: Any) -> None:
         self.field, self.step, self.number, self.args, self.kwargs = field, step, number, args, kwargs
+        self.wants_time = wants_time
         self.rebuild: Any = None
         self.slope: Any = None
         self.linearisation: Linearisation | None = None
@@ -390,5 +402,5 @@ class _Cut(torch.autograd.Function):
             linearisation = call.field.linearise(call.number, *ctx.saved_tensors, call=call)
         values = [part for part in pytree.tree_leaves(linearisation.value) if isinstance(part, Tensor)]
         found = call.field.pull_back(linearisation, values, cotangents)
-        t = found.pop() if call.field.wants_time else None
+        t = found.pop() if call.wants_time else None
         return (None, t, *found)

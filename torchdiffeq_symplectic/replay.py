@@ -210,6 +210,17 @@ class ReplayCheck:
         deviation, scale = torch._foreach_norm((replayed - recorded, recorded), torch.inf)
         self._add(number, deviation, scale)
 
+    def slope(self, number: int, replayed: Tensor, recorded: Tensor, size: Tensor) -> None:
+        """Compare a slope that is evaluated with its graph with the one that was kept of step ``number``."""
+        if not self.active or not recorded.numel() or not recorded.is_floating_point():
+            return
+        if recorded.device.type == "cpu" and torch.equal(replayed, recorded):
+            return
+        if replayed.shape != recorded.shape or replayed.dtype != recorded.dtype:
+            replayed = replayed.to(recorded.dtype).expand(recorded.shape)
+        deviation, scale = torch._foreach_norm((replayed - recorded, recorded), torch.inf)
+        self._add(number, deviation * size.abs(), scale * size.abs())
+
     def norm(self, number: int, replayed: Tensor, recorded: Tensor) -> None:
         """Compare the norm of the state after step ``number`` with that of the recorded one."""
         if self.active and not (recorded.device.type == "cpu" and torch.equal(replayed, recorded)):
@@ -235,7 +246,7 @@ class ReplayCheck:
         message = (
             f"the replay of this solve differs from its forward pass: after step {self._steps[worst]} by "
             f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in "
-            f"{int(bad.sum())} steps). The gradient would not be that of the forward pass. Something that func depends "
+            f"{len({step for step, wrong in zip(self._steps, bad.tolist(), strict=True) if wrong})} steps). The gradient would not be that of the forward pass. Something that func depends "
             "on has changed since: noise drawn again for a second solve, a module in training mode that changes with "
             "each call (spectral norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed "
             'until after backward, or pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'

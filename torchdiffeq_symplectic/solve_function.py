@@ -113,6 +113,7 @@ class _Gradient(torch.autograd.Function):
                 solve.func,
                 targets,
                 solve.conditions,
+                check,
                 wants_time=wants_time,
                 expected=ctx.expected if check.active else {},
                 linked=double,

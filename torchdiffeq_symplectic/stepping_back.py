@@ -62,7 +62,7 @@ class Recovery:
             return self._recovered(step)
         if not self._is_kept and (step.number == 0 or self._check.active):
             recovered = self._recovered(step)
-            self._errors.append(_relative(recovered, kept[:parts]))
+            self._errors.append(_relative(recovered, kept[:parts], step.after))
         self._is_kept = True
         return kept[:parts]
 
@@ -119,8 +119,10 @@ class Recovery:
             warnings.warn(message, ReplayWarning, stacklevel=2)
 
 
-def _relative(found: Sequence[Tensor], true: Sequence[Tensor]) -> Tensor:
-    """The norm of the difference over that of the true state, 0-d."""
+def _relative(found: Sequence[Tensor], true: Sequence[Tensor], other: Sequence[Tensor] = ()) -> Tensor:
+    """The norm of the difference over that of the true state, or of the other where that is zero; 0-d."""
     distance = torch.stack([torch.linalg.vector_norm(a - b) for a, b in zip(found, true, strict=True)]).norm()
     size = torch.stack([torch.linalg.vector_norm(part) for part in true]).norm()
+    if other:
+        size = torch.where(size > 0, size, torch.stack([torch.linalg.vector_norm(part) for part in other]).norm())
     return torch.where(distance == 0, distance, distance / size)

@@ -168,8 +168,6 @@ def backpropagate(
         gate.closed = False
     of = {id(tensor): product for tensor, product in zip(able, found, strict=False)}
     targets = dict(zip(numbers, found[len(able) :], strict=True))
-    for n in range(len(tape)):
-        field.compare_step(tape[n], [i for i, product in targets.items() if product is not None])
     return Gradients(
         [of.get(id(part)) for part in initial],
         [targets.get(i) for i in range(field.count)],

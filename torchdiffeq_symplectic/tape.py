@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = ["Keep", "Linear", "Recording", "Step", "Stepper", "Tape", "Times"]
 
@@ -74,7 +75,7 @@ class Step:
     calls: int
     draws: Sequence[Tensor]
     draw: Tensor | None
-    slopes: Sequence[Tensor] | None
+    slopes: Sequence[Any] | None
     inside: range
     at_end: int | None
 
@@ -127,7 +128,7 @@ class _Entry:
     rest: int
     calls: int
     draws: list[int]
-    slopes: list[int] | None
+    slopes: tuple[list[int], Any] | None
     inside: range = range(0)
     at_end: int | None = None
 
@@ -182,7 +183,7 @@ class Recording:
         calls: Sequence[Any],
         *,
         drew: bool,
-        slopes: Sequence[Tensor] | None = None,
+        slopes: Sequence[Any] | None = None,
         note: Any = None,
     ) -> None:
         """Add an accepted step.
@@ -200,7 +201,10 @@ class Recording:
         keep = self._keep if self.keep is Keep.SLOPES else self.save
         carry = [None if part is None or self.keep in _FORGETFUL else keep(part) for part in further]
         draws = [self._keep(call.draw) for call in calls] if drew else []
-        kept = None if slopes is None else [self._keep(slope) for slope in slopes]
+        kept = None
+        if slopes is not None:
+            leaves, structure = pytree.tree_flatten(list(slopes))
+            kept = [self._keep(leaf) for leaf in leaves], structure
         self.entries.append(_Entry(note, [*states, *carry], len(states), len(calls), draws, kept))
         for i, call in enumerate(calls):
             if call.new:
@@ -301,10 +305,17 @@ class Tape:
             calls=entry.calls,
             draws=[self._saved[position] for position in entry.draws],
             draw=self._saved[before.draws[-1]] if before is not None and before.draws else None,
-            slopes=None if entry.slopes is None else [self._saved[position] for position in entry.slopes],
+            slopes=self._slopes(entry),
             inside=entry.inside,
             at_end=entry.at_end,
         )
+
+    def _slopes(self, entry: _Entry) -> Sequence[Any] | None:
+        if entry.slopes is None:
+            return None
+        positions, structure = entry.slopes
+        slopes: Sequence[Any] = pytree.tree_unflatten([self._saved[position] for position in positions], structure)
+        return slopes
 
     def rows_of_state(self, n: int) -> Sequence[int]:
         """The outputs that are the state before step ``n``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
@@ -199,6 +200,8 @@ class Captured:
     @property
     def escaped(self) -> bool:
         """Whether the graph of an evaluation but the last outlives its slope."""
+        if any(mark() is not None for mark in self._marks[:-1]):
+            gc.collect()  # it may only be part of a cycle, as hooks on saved tensors make them
         return any(mark() is not None for mark in self._marks[:-1])
 
     def evaluate(self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:

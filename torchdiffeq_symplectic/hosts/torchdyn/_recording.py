@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.field import Call, Listener, detached, differentiable
-from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of
+from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of
 from torchdiffeq_symplectic.hosts.torchdyn._steps import Note
 from torchdiffeq_symplectic.tape import Keep, Recording, Times
 from torchdiffeq_symplectic.uses import Captured
@@ -34,6 +34,7 @@ class _Attempt:
         calls: its evaluations; drew: whether they drew random numbers.
         slopes: as the solver saw them, where they are kept.
         inside: the times of the outputs inside it.
+        cost: the running cost where the slope that it hands on was evaluated, or None.
     """
 
     x: State
@@ -45,6 +46,7 @@ class _Attempt:
     drew: bool
     slopes: list[Any]
     inside: list[Tensor]
+    cost: Tensor | None = None
 
 
 class Recorder:
@@ -55,6 +57,8 @@ class Recorder:
         listener: the field, as torchdyn is given it.
         captured: is shown the tensors that a step uses besides the field.
         recording: is filled.
+        keys: of a state that is a dictionary, or None.
+        costs: the running cost at each evaluation of the present step, added to by the field; None if there is none.
         follows: whether a step is tried with its graph, as it is not one of torchdyn's own.
         refuse: makes the error that says why the solver is refused.
 
@@ -69,17 +73,20 @@ class Recorder:
         listener: Listener,
         captured: Captured,
         recording: Recording,
+        keys: Sequence[str] | None,
+        costs: list[Tensor] | None,
         follows: bool,
         refuse: Callable[[str], Exception],
     ) -> None:
         self._solver, self._listener, self._captured = solver, listener, captured
+        self._keys, self._costs = keys, costs
         self.recording, self._follows, self._refuse = recording, follows, refuse
         self.field: Any = None
         self.has_tensors = False
         self._attempt: _Attempt | None = None
         self._first_calls: list[Call] = []
         self._first_drew = False
-        self._carried: Any = None  # what the step before handed on, as it is kept
+        self._carried: Tensor | None = None  # the running cost of the slope that the step before handed on
         self._final: State | None = None
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
@@ -95,7 +102,9 @@ class Recorder:
             self._first_calls, self._first_drew = listener.calls[:1], listener.drew
         listener.start_step()
         slopes: list[Any] = []
-        if self.recording.keep is Keep.SLOPES:
+        if self._costs is not None:
+            self._costs.clear()
+        if self._costs is not None or self.recording.keep is Keep.SLOPES:
             f = _kept(f, slopes)
         if first and self._follows:
             handed, new, *rest = self._followed(f, x, t.detach(), dt.detach(), k1, args)
@@ -103,18 +112,25 @@ class Recorder:
             with torch.no_grad():
                 handed, new, *rest = self._solver.step(f, x, t.detach(), dt.detach(), k1=k1, args=args)
         new = detached(new)
+        attempt = _Attempt(x, new, k1, t, dt, listener.calls, listener.drew, slopes, [])
+        if self._costs is not None:
+            if first and self._follows:
+                self._compare_flat(attempt, args)
+            attempt.cost = next((cost for cost, slope in zip(self._costs, slopes, strict=True) if slope is handed), None)
+            if handed is not None and attempt.cost is None:
+                raise self._refuse("the slope that it hands on is not one that it evaluated, so has no running cost")
         if isinstance(handed, Tensor):
             handed = handed.detach()
-        self._attempt = _Attempt(x, new, k1, t, dt, listener.calls, listener.drew, slopes, [])
+        self._attempt = attempt
         return handed, new, *rest
 
     def _followed(self, f: Any, x: State, t: Tensor, dt: Tensor, k1: Any, args: Any) -> Any:
         """A step with its graph, the field's evaluations cut out: what does it use, and does it lead to its start?"""
         with torch.enable_grad():
-            start = [part.detach() for part in parts_of(x)]
+            start = [part.detach() for part in parts_of(x, self._keys)]
             for part in start:
                 part.requires_grad_(differentiable(part))
-            state = start[0] if isinstance(x, Tensor) else dict(zip(x, start, strict=True))
+            state = state_of(start, self._keys)
 
             def linked(t: Tensor, y: Any, *rest: Any, **kwargs: Any) -> Any:
                 slope = f(t, detached(y), *rest, **kwargs)
@@ -123,10 +139,32 @@ class Recorder:
                 return slope
 
             result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
-            if not self._captured.look_at_step(parts_of(result[1]), start):
+            if not self._captured.look_at_step(parts_of(result[1], self._keys), start):
                 raise self._refuse("autograd cannot follow its step back to the state that it starts from")
         self.has_tensors = True
         return detached(result)
+
+    def _compare_flat(self, attempt: _Attempt, args: Any) -> None:
+        """Make sure that the step does the same to a state laid out flat, as integrating a running cost needs."""
+        x, new, slopes = attempt.x, attempt.new, iter(attempt.slopes)
+        assert isinstance(x, Tensor)
+        assert isinstance(new, Tensor)
+        k1 = None if attempt.slope is None else attempt.slope.reshape(-1)
+        with torch.no_grad():
+            try:
+                flat = self._solver.step(
+                    lambda t, y, *rest, **kwargs: next(slopes).reshape(-1),
+                    x.reshape(-1),
+                    attempt.t.detach(),
+                    attempt.dt.detach(),
+                    k1=k1,
+                    args=args,
+                )[1]
+                same = torch.equal(flat, new.reshape(-1))
+            except (RuntimeError, IndexError, ValueError, TypeError) as error:
+                raise self._refuse("its step cannot integrate integral_loss along with the state") from error
+        if not same:
+            raise self._refuse("its step cannot integrate integral_loss along with the state")
 
     def inside(self, time: Tensor) -> None:
         """An output is interpolated in the latest step, which is thereby accepted."""
@@ -153,7 +191,12 @@ class Recorder:
         slopes = [*([attempt.slope] if slope == "own" else []), *attempt.slopes] if keeps else None
         note = Note((attempt.t.dtype, attempt.t.shape), (attempt.dt.dtype, attempt.dt.shape), slope)
         further = [attempt.slope] if slope == "carried" else []
-        self.recording.step(parts_of(attempt.x), further, calls, drew=drew, slopes=slopes, note=note)
+        if further and self._carried is not None:  # laid out flat, with the running cost there
+            cost = self._carried.neg() if self.field is not self._listener else self._carried
+            further = [torch.cat([attempt.slope.reshape(-1), cost.reshape(1).to(attempt.slope.dtype)])]
+            slopes = None if slopes is None else [part.reshape(-1) for part in slopes]
+        self._carried = attempt.cost
+        self.recording.step(parts_of(attempt.x, self._keys), further, calls, drew=drew, slopes=slopes, note=note)
         self._starts.append(attempt.t.reshape(()))
         self._sizes.append(attempt.dt.reshape(()))
         self._inside.append([time.reshape(()) for time in attempt.inside])
@@ -185,7 +228,7 @@ class Recorder:
             if ends[n]:
                 self.recording.output(output, at_end=True, step=n)
                 output += 1
-        final = parts_of(x if self._final is None else self._final)
+        final = parts_of(x if self._final is None else self._final, self._keys)
         if adds_final and ends and not ends[-1]:
             self.recording.output(output, at_end=True)
             solution = [torch.cat([part, last[None]]) for part, last in zip(solution, final, strict=True)]

@@ -108,13 +108,14 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     mode, check = configured(mode, call.options)
     if not torch.is_grad_enabled():
         return call.run(call.vf, call.x, call.solver, call.interpolator)
-    parts = parts_of(call.x)
     keys = None if isinstance(call.x, Tensor) else list(call.x)
+    parts = parts_of(call.x, keys)
     held, watched = _watched(call.vf, call.solver, call.integral_loss, call.args)
     conditions = Conditions(held, parts[0].device)
     captured = Captured(held.tensors, conditions.random, watched)
     func = with_graph(call.vf) if call.graph else call.vf
-    listener = Listener(_charged(func, call), conditions, captured, keeps_slopes=False)
+    costs: list[Tensor] | None = None if call.integral_loss is None else []
+    listener = Listener(_charged(func, call, costs), conditions, captured)
     recording = Recording(mode.keep, parts)
     solver, interpolator = call.solver, _interpolator(call)
     recorder = Recorder(
@@ -122,11 +123,13 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
         listener,
         captured,
         recording,
+        keys,
+        costs,
         type(solver) not in PLAIN_SOLVERS or _has_gradients(solver),
         _refusal(mode, solver),
     )
-    if call.integral_loss is not None and (keys is not None or type(solver) not in PLAIN_SOLVERS):
-        raise _refusal(mode, solver)("only torchdyn's explicit solvers of tensors have weights to integrate integral_loss")
+    if costs is not None and keys is not None:
+        raise _refusal(mode, solver)("integral_loss is integrated along with states that are tensors only")
     spans = tensors_in(call.t_span)
     with torch.set_grad_enabled(any(span.requires_grad for span in spans)):
         t_eval, solution = call.run(
@@ -136,12 +139,13 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
             None if interpolator is None else RecordingInterpolator(interpolator, recorder),
         )
     solution = detached(solution)
-    rows = recorder.finish(t_eval, parts_of(solution), call.x, adds_final=call.integral_loss is not None)
+    rows = recorder.finish(t_eval, parts_of(solution, keys), call.x, adds_final=call.integral_loss is not None)
     listener.close()
     conditions.solved()
     if captured.escaped:
         warn_of_escaped()
-    if not any(tensor.requires_grad for tensor in (*parts, *spans, *captured.tensors)):
+    targets = captured.tensors if call.graph else tuple(dict.fromkeys((*captured.tensors, *_declared(call))))
+    if not any(tensor.requires_grad for tensor in (*parts, *spans, *targets)):
         return t_eval, solution
     field = func if recorder.field is None else recorder.field
     cost = None
@@ -152,19 +156,28 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     stepper = SolverStepper(solver, call.args, keys, cost, interpolator, recorder.has_tensors)
     finished = Solve(mode, recording, stepper, field, conditions, check, retains=captured.walked_through)
     times = recorder.times(parts[0].device)
-    result = attach(finished, rows, parts, times, captured.tensors)
+    result = attach(finished, rows, parts, times, targets)
     return t_eval, state_of([part[: len(t_eval)] for part in result], keys)
 
 
-def _charged(func: Callable[..., Any], call: Call) -> Callable[..., Any]:
-    """The field, which also evaluates the running cost, so that what that uses is found."""
-    cost = call.integral_loss
-    if cost is None:
+def _declared(call: Call) -> list[Tensor]:
+    """The parameters of what the user passed, which get zeros where they are not used."""
+    modules = [part for part in (call.vf, call.solver, call.integral_loss) if isinstance(part, nn.Module)]
+    named = [entry for module in modules for entry in module.named_parameters()]
+    return [parameter for name, parameter in named if parameter.requires_grad and not name.endswith(_DUMMY)]
+
+
+def _charged(func: Callable[..., Any], call: Call, costs: list[Tensor] | None) -> Callable[..., Any]:
+    """The field, which also evaluates the running cost, for its value, and so that what it uses is found."""
+    if costs is None or call.integral_loss is None:
         return func
+    cost = call.integral_loss
 
     def charged(t: Tensor, x: Any, *args: Any, **kwargs: Any) -> Any:
         slope = func(t, x, *args, **kwargs)
-        return _Used.apply(slope, cost(t, x).sum())
+        value = cost(t, x).sum()
+        costs.append(value.detach())
+        return _Used.apply(slope, value)
 
     return charged
 

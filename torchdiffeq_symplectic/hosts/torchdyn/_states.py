@@ -11,9 +11,11 @@ __all__ = ["State", "parts_of", "state_of", "tensors_in"]
 State = Tensor | Mapping[str, Tensor]
 
 
-def parts_of(state: State) -> list[Tensor]:
-    """The tensors of a state."""
-    return [state] if isinstance(state, Tensor) else list(state.values())
+def parts_of(state: State, keys: Sequence[str] | None) -> list[Tensor]:
+    """The tensors of a state; ``keys`` are those of a dictionary in their order, or None."""
+    if isinstance(state, Tensor) or keys is None:
+        return [state]  # type: ignore[list-item]
+    return [state[key] for key in keys]
 
 
 def state_of(parts: Sequence[Tensor], keys: Sequence[str] | None) -> State:

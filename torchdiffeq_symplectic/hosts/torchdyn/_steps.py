@@ -137,7 +137,7 @@ class SolverStepper:
         if self._cost is not None:
             outputs = [[row[0][:-1].view(self._cost.shape)] for row in outputs]
             end = self._cost.split(end)
-        return [*parts_of(end), *([handed] if isinstance(handed, Tensor) else [])], outputs
+        return [*parts_of(end, self._keys), *([handed] if isinstance(handed, Tensor) else [])], outputs
 
     def _inside(
         self, step: Step, times: tuple[Tensor, Tensor], ends: tuple[Any, ...], stages: Sequence[Tensor]
