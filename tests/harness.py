@@ -93,7 +93,7 @@ OF_TORCHDIFFEQ = [name for name, row in METHODS.items() if row.host == "torchdif
 OF_TORCHDYN = [name for name, row in METHODS.items() if row.host == "torchdyn"]
 EXPLICIT = [name for name, row in METHODS.items() if row.stages]
 ADAPTIVE = [name for name in OF_TORCHDIFFEQ if METHODS[name].adaptive]
-# One of each kind: fixed grid, the last slope handed over; then another slope handed over, several, steps of no tableau.
+# One of each kind: a fixed grid, the last slope handed over; another slope, several of them; steps of no tableau.
 FEW = [n for n in ("rk4", "dopri5", "torchdyn-rk4", "torchdyn-dopri5") if n in METHODS]
 KINDS = [n for n in (*FEW, "adaptive_heun", "implicit_adams", "torchdyn-hyper-euler") if n in METHODS]
 
