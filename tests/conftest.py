@@ -18,7 +18,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
-    """The package is registered, no mode is the default, the default dtype is what it was, random numbers are seeded."""
+    """The package is registered, no mode is the default, the default dtype is as before, random numbers are seeded."""
     torchdiffeq_symplectic.register()
     dtype = torch.get_default_dtype()
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,8 @@
 """One harness for every test: hosts x modes x methods, one problem, one way to solve, differentiate and compare.
 
-A new mode or method is one row here and meets every property. The truth is backpropagation through the host's own solve
-on the same steps. Both hosts differentiate their own choice of the first step, which an exact gradient of the steps does
-not: torchdiffeq is given ``first_step``, torchdyn's choice is held constant (`first_step_held`).
+A new mode or method is one row here and meets every property. The truth is backpropagation through the host's own
+solve on the same steps. Both hosts differentiate their own choice of the first step, which an exact gradient of the
+steps does not: torchdiffeq is given ``first_step``, torchdyn's choice is held constant (`first_step_held`).
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ OF_TORCHDIFFEQ = [name for name, row in METHODS.items() if row.host == "torchdif
 OF_TORCHDYN = [name for name, row in METHODS.items() if row.host == "torchdyn"]
 EXPLICIT = [name for name, row in METHODS.items() if row.stages]
 ADAPTIVE = [name for name in OF_TORCHDIFFEQ if METHODS[name].adaptive]
-# One of each kind: fixed grid, the last slope handed over, another slope handed over, several; and the same of torchdyn.
+# One of each kind: a fixed grid, the last slope handed over; another slope, several of them; steps of no tableau.
 FEW = [n for n in ("rk4", "dopri5", "torchdyn-rk4", "torchdyn-dopri5") if n in METHODS]
 KINDS = [n for n in (*FEW, "adaptive_heun", "implicit_adams", "torchdyn-hyper-euler") if n in METHODS]
 
@@ -258,7 +258,7 @@ def first_step_held() -> Iterator[None]:
 
 def neural_ode(mode: str, field: Any, **settings: Any) -> Any:
     """torchdyn's model in one of MODES, "memory_free", or by backpropagation."""
-    own = {"sensitivity": "autograd"} if mode == BACKPROPAGATION else arguments_of(mode)
+    own: dict[str, Any] = {"sensitivity": "autograd"} if mode == BACKPROPAGATION else arguments_of(mode)
     options = {**own.pop("adjoint_options", {}), **settings.pop("adjoint_options", {})}
     make = settings.pop("make", NeuralODE)
     model = make(field, sensitivity=own.get("sensitivity", own.get("adjoint_method")), **settings)

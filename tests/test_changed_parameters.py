@@ -1,6 +1,6 @@
 """Parameters that are others by the time of backward: replaced, substituted, parametrized, frozen, cached.
 
-Each case is a row: it solves, changes what the field finds, and gives a loss and the tensors whose gradients are compared.
+Each case is a row: it solves, changes what the field finds, gives a loss and the tensors whose gradients are compared.
 """
 
 from __future__ import annotations
@@ -177,7 +177,8 @@ def test_parametrizations_that_are_cached(way: str, inside: str) -> None:
         with outer:
             found = gradients_of(loss, wanted)
         # Gradients as the gradients of a loss that is linear in the tensors.
-        terms = [(found[name] * tensor).sum() for name, tensor in wanted.items() if found[name] is not None]
+        pairs = [(found[name], tensor) for name, tensor in wanted.items()]
+        terms = [(gradient * tensor).sum() for gradient, tensor in pairs if gradient is not None]
         return torch.stack(terms).sum(), wanted
 
     assert_exact_or_clear(case, way)

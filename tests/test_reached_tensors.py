@@ -1,4 +1,4 @@
-"""Tensors that a field reaches: each is differentiated to once, its own graph is walked once, and nothing is forgotten."""
+"""Tensors that a field reaches: each is differentiated to once, its graph is walked once, nothing is forgotten."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_earlier_solves_that_a_field_closes_over_are_replayed_once(way: str, ear
 @pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun", "implicit_adams"])
 @each_mode
 def test_adjoint_params_that_are_computed_from_one_another(mode: str, method: str, listed: str) -> None:
-    """torchcde's own tests list a tensor and one computed from it: an error ("counted twice"), where upstream takes it."""
+    """torchcde's tests list a tensor and one computed from it: an error ("counted twice"), where upstream takes it."""
     leaf = uniform(3, 3, seed=2).requires_grad_()
     derived = torch.sin(2 * leaf) @ leaf.t()
     y0, t = uniform(2, 3, seed=4).requires_grad_(), times().requires_grad_()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -122,7 +121,8 @@ def thermostat(method: str, dtype: torch.dtype) -> Problem:
 @pytest.mark.parametrize("mode", ["symplectic", "aca"])
 def test_a_field_that_switches_at_a_state_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     """Recomputed in another order, the stage fell on the other side of its threshold: a ReplayError, and a gradient of
-    0.1746 for 0.1484 with the check off."""
+    0.1746 for 0.1484 with the check off.
+    """
     assert_exact(thermostat(method, dtype), mode, method)
 
 
@@ -182,7 +182,8 @@ PASSING_ZERO = torch.linspace(-0.45, 0.45, 60, dtype=DOUBLE)
 @pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
 def test_no_false_alarm_where_one_number_passes_zero(mode: str, method: str, again: bool) -> None:
     """With a bound for rounding relative to the present state, 11 of 60 initial values raised by rk4, 43 by
-    explicit_adams: the state is zero to rounding where it passes."""
+    explicit_adams: the state is zero to rounding where it passes.
+    """
     for value in PASSING_ZERO:
         y0 = value.clone().requires_grad_()
         solution = solve(

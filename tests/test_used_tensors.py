@@ -48,6 +48,8 @@ class Slots:
 
     __slots__ = ("condition",)
 
+    condition: Any
+
 
 @dataclasses.dataclass
 class Plain:
