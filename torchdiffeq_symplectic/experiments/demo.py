@@ -3,15 +3,13 @@
 The table is the breast-cancer data of scikit-learn: 569 tumours, 30 measures of each. Needs the extra ``demo``.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torchdiffeq
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from sklearn.datasets import load_breast_cancer
@@ -19,9 +17,11 @@ from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from torchdiffeq_symplectic.benchmark import Contender, Problem, Row, compare, report, torchdiffeqs
-from torchdiffeq_symplectic.benchmark.flow import FlowField, initial_state, log_likelihood
-from torchdiffeq_symplectic.benchmark.problem import State
+from torchdiffeq_symplectic.experiments.benchmark import Contender, Problem, compare, installed, report
+from torchdiffeq_symplectic.experiments.benchmark.problem import State
+from torchdiffeq_symplectic.experiments.benchmark.problems.flow import FlowField, initial_state, log_likelihood
+from torchdiffeq_symplectic.experiments.environment import one_thread
+from torchdiffeq_symplectic.experiments.figures import dots, grid, save
 
 __all__ = ["Outcome", "run"]
 
@@ -46,25 +46,10 @@ class Outcome:
 
     training: list[float]
     held_out: list[tuple[int, float]]
-    rows: list[Row]
+    rows: pd.DataFrame
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let the CPU's operators run on one thread.
-
-    These matrices are too small to gain from more. Where another program keeps a core busy, the threads wait for each
-    other so long that the demo took 30 times as long.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@_one_thread()
+@one_thread()
 def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome:
     """Train the flow, compare the gradients, print a table, and write ``demo.png`` and ``demo.csv``.
 
@@ -72,7 +57,7 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome
         device: where the flow is trained.
         seed: of the split, the initial parameters, the batches and the noise; the global random state is not used.
         steps: of the optimiser, at least 1.
-        out: an existing directory for the files.
+        out: the directory for the files, made if need be.
     """
     console = Console()
     train, test = _read_table(seed, torch.device(device))
@@ -89,7 +74,8 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome
         rows = compare(_problem(field, train, seed), _contenders(), ROUNDS)
     console.print(report.table(rows))
     outcome = Outcome(training, held_out, rows)
-    report.write_csv(rows, out / "demo.csv")
+    out.mkdir(parents=True, exist_ok=True)
+    rows.to_csv(out / "demo.csv", index=False)
     _draw(outcome, out / "demo.png")
     console.print(f"Wrote {out / 'demo.png'} and {out / 'demo.csv'}")
     return outcome
@@ -163,22 +149,18 @@ def _problem(field: FlowField, x: Tensor, seed: int) -> Problem:
 
 def _contenders() -> list[Contender]:
     """Those that solve any problem by any method."""
-    return [contender for contender in torchdiffeqs.installed() if contender.name in CONTENDERS]
+    return [contender for contender in installed() if contender.name in CONTENDERS]
 
 
 def _draw(outcome: Outcome, path: Path) -> None:
-    """The likelihood during training on the left, the comparison on the right."""
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    left.plot(
-        range(len(outcome.training)), outcome.training, color=report.COLOURS[2], linewidth=0.8, label="training batch"
-    )
-    left.plot(*zip(*outcome.held_out, strict=True), color=report.COLOURS[1], marker=".", label="held out")
-    left.set(
-        xlabel="step", ylabel="negative log-likelihood [nats per dimension]", title="Training by the symplectic adjoint"
-    )
-    left.grid(alpha=0.3)
-    left.legend()
-    report.plot(outcome.rows, right)
-    right.set_title("Gradients of the trained flow")
-    figure.savefig(path, dpi=150)
+    """The likelihood during training on the left, then the comparison."""
+    figure, ((training, *others),) = grid(1, 4, height=3.8)
+    training.plot(range(len(outcome.training)), outcome.training, color="0.7", linewidth=0.8, label="training batch")
+    training.plot(*zip(*outcome.held_out, strict=True), color="black", marker=".", label="held out")
+    training.set(xlabel="step", ylabel="negative log-likelihood [nats per dimension]", title="Training by symplectic")
+    training.grid(alpha=0.3)
+    training.legend()
+    for axes, quantity in zip(others, ("gradient_error", "peak_bytes", "relative_time"), strict=True):
+        dots(outcome.rows, quantity, axes)
+        axes.set_title("Gradients of the trained flow")
+    save(figure, path, legend=False)

@@ -15,7 +15,7 @@ def rich_table(frame: pd.DataFrame, title: str, caption: str | None = None) -> T
     table = Table(title=title, caption=caption, box=SIMPLE, pad_edge=False)
     table.title_justify = table.caption_justify = "left"
     for place, column in enumerate(frame.columns):
-        table.add_column(Text(str(column)), justify="right" if place else "left", overflow="fold")
+        table.add_column(Text(str(column)), justify="right" if place else "left", no_wrap=not place)
     for row in frame.itertuples(index=False):
         table.add_row(*(cell if isinstance(cell, Text) else Text("" if pd.isna(cell) else str(cell)) for cell in row))
     return table

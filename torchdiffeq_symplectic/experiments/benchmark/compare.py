@@ -14,7 +14,7 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION, Contender
+from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION, Contender
 from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, Solver, State, flatten, gradient
 from torchdiffeq_symplectic.experiments.environment import ERRORS
 from torchdiffeq_symplectic.experiments.memory import peak_bytes

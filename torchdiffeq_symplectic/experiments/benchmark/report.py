@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION, is_own
+from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION
+from torchdiffeq_symplectic.experiments.benchmark.contenders import is_own
 from torchdiffeq_symplectic.experiments.benchmark.problem import Series
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.results import Results
@@ -62,8 +63,8 @@ def _notes(rows: pd.DataFrame) -> Iterator[str]:
 
 
 def table(rows: pd.DataFrame, title: str = "One gradient, the same accepted steps") -> Table:
-    """The rows of one case for the terminal. Memory and time are also relative to backpropagation's."""
-    shown = _cells(rows).drop(columns=["forward", "backward"])
+    """The rows of one case for the terminal."""
+    shown = _cells(rows).drop(columns=["memory", "forward", "backward"])
     return rich_table(shown, title, "\n".join(_notes(rows)) or None)
 
 
