@@ -25,42 +25,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
+from torchdiffeq_symplectic.experiments.blocks import tanh_blocks
+from torchdiffeq_symplectic.experiments.studies.common import Device, Study, Tell, curves, quiet, slope
 from torchdiffeq_symplectic.resnet import ResidualField
-from torchdiffeq_symplectic.resnet.studies.common import (
-    Sheet,
-    Tell,
-    column,
-    curve,
-    depth_axis,
-    quiet,
-    slope,
-    sloped,
-    tanh_blocks,
-)
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["DEPTHS", "FAMILIES", "Distance", "Family", "distances", "draw", "run", "sheets", "summary"]
+__all__ = ["DEPTHS", "FAMILIES", "STUDY", "Family", "distances", "run"]
 
 DEPTHS = (16, 32, 64, 128, 256, 512)
 TOLERANCE = 1e-8  # of the reference solution, relative and absolute
-
-
-@dataclass(frozen=True)
-class Distance:
-    """Distances of the hidden states x_n from the ODE's x(n/N), in units of ‖x_0‖, of one network."""
-
-    family: str = column("residual functions")
-    depth: int = column("depth N [blocks]")
-    largest: float = column("largest distance over depth [norm of x_0]", ".2e")
-    final: float = column("distance at the end [norm of x_0]", ".2e")
+KIND, LARGEST, FINAL = "residual functions", "largest distance [norm of x_0]", "distance at the end [norm of x_0]"
 
 
 @dataclass(frozen=True)
@@ -122,10 +102,8 @@ FAMILIES = {
 }
 
 
-def run(
-    depths: Sequence[int] = DEPTHS, seed: int = 0, device: torch.device | str = "cpu", tell: Tell = quiet
-) -> list[Distance]:
-    """The distances of every family at every depth.
+def run(depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet) -> dict[str, pd.DataFrame]:
+    """Distances of the hidden states x_n from the ODE's x(n/N), in units of ‖x_0‖, of every family at every depth.
 
     Args:
         depths: numbers of blocks N, each at least 2.
@@ -133,7 +111,7 @@ def run(
         device: where the states are computed, in float64.
         tell: is told of progress.
     """
-    rows: list[Distance] = []
+    rows: list[tuple[str, int, float, float]] = []
     for name, family in FAMILIES.items():
         for depth in depths:
             tell(f"{name}, {depth} blocks", len(rows) / (len(FAMILIES) * len(depths)))
@@ -141,8 +119,8 @@ def run(
             x = torch.randn(family.shape, generator=generator, dtype=torch.float64).to(device)
             field = ResidualField(family.blocks(depth, generator), residual=True).to(device)
             found = distances(field, x) / x.norm()
-            rows.append(Distance(name, depth, float(found.max()), float(found[-1])))
-    return rows
+            rows.append((name, depth, float(found.max()), float(found[-1])))
+    return {"depth": pd.DataFrame(rows, columns=[KIND, "depth", LARGEST, FINAL])}
 
 
 @torch.no_grad()
@@ -162,34 +140,25 @@ def distances(field: ResidualField, x: Tensor) -> Tensor:
     return apart
 
 
-def sheets(rows: Sequence[Distance]) -> list[Sheet]:
-    """What to write and to show."""
-    return [Sheet("depth", "How far the network is from the ODE through its blocks", rows, rows)]
-
-
-def summary(rows: Sequence[Distance]) -> list[str]:
-    """A sentence for each family: the power of N by which its largest distance goes."""
+def summary(found: dict[str, pd.DataFrame]) -> list[str]:
+    """A sentence for each family: the power of N by which its distance goes."""
     return [
-        f"{name}: the largest distance goes as N^{slope([row.depth for row in of], [row.largest for row in of]):.2f}"
-        for name, of in _by_family(rows).items()
+        f"{name}: the largest distance goes as N^{slope(of['depth'], of[LARGEST]):.2f}"
+        for name, of in found["depth"].groupby(KIND, sort=False)
         if len(of) > 1
     ]
 
 
-def draw(rows: Sequence[Distance], figure: Figure) -> None:
+def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
     """The largest distance over depth, both logarithmic, a curve for each family beside a line of slope -1."""
-    axes = figure.subplots()
-    for style, (name, of) in enumerate(_by_family(rows).items()):
-        depths, values = [row.depth for row in of], [row.largest for row in of]
-        curve(axes, depths, values, style, sloped(name, depths, values))
-    axes.plot(depths, [values[0] * depths[0] / depth / 3 for depth in depths], color="0.6", linewidth=1, label="1/N")
-    depth_axis(axes, depths)
-    axes.set_yscale("log")
-    axes.set(
-        ylabel="largest distance of network and ODE [norm of the input]", title="Is the network a discretised ODE?"
-    )
-    axes.legend()
+    axes, frame = figure.subplots(), found["depth"]
+    first = frame.iloc[0]
+    depths = frame["depth"].unique()
+    axes.plot(depths, first[LARGEST] * first["depth"] / depths / 3, color="0.6", linewidth=1)
+    axes.annotate("1/N", (depths[-1], first[LARGEST] * first["depth"] / depths[-1] / 3), color="0.4")
+    curves(axes, frame, LARGEST, KIND, slopes=True)
+    axes.set(ylabel="largest distance of network and ODE [norm of the input]")
+    axes.set_title("Is the network a discretised ODE?")
 
 
-def _by_family(rows: Sequence[Distance]) -> dict[str, list[Distance]]:
-    return {name: [row for row in rows if row.family == name] for name in dict.fromkeys(row.family for row in rows)}
+STUDY = Study(run, summary, draw, "How far the network is from the ODE through its blocks")

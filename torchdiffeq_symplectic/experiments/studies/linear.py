@@ -21,39 +21,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+import pandas as pd
+import seaborn as sns
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import odeint_adjoint
+from torchdiffeq_symplectic.experiments.blocks import smooth
+from torchdiffeq_symplectic.experiments.studies.common import Device, Study, Tell, curves, quiet
 from torchdiffeq_symplectic.resnet import ResidualField
-from torchdiffeq_symplectic.resnet.studies.common import Sheet, Tell, column, curve, depth_axis, quiet, smooth
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["DEPTHS", "SIZE", "STARTS", "STEPS", "Descent", "descend", "draw", "run", "sheets", "summary"]
+__all__ = ["DEPTHS", "STARTS", "STEPS", "STUDY", "descend", "run"]
 
 DEPTHS = (16, 32, 64, 128, 256, 512)
 STEPS = 60
 STARTS = ("zero", "smooth", "independent")
-SIZE = 13, 4.2  # inches of the picture
 WIDTH = 4
 LEARNING_RATE = 0.2  # η; the flow's time is η times the number of steps
-
-
-@dataclass(frozen=True)
-class Descent:
-    """A network during its training."""
-
-    start: str = column("weights at the start")
-    depth: int = column("depth N [blocks]")
-    step: int = column("step [gradient steps]")
-    loss: float = column("loss", ".1e")
-    roughness: float = column("N times largest ‖θ_(n+1) - θ_n‖", ".3g")
-    apart: float = column("largest ‖θ_n - θ_(n/2) at half the depth‖", ".2e")
 
 
 class LinearBlock(nn.Module):
@@ -69,13 +56,11 @@ class LinearBlock(nn.Module):
 
 
 def run(
-    depths: Sequence[int] = DEPTHS,
-    steps: int = STEPS,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    tell: Tell = quiet,
-) -> list[Descent]:
+    depths: Sequence[int] = DEPTHS, steps: int = STEPS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet
+) -> dict[str, pd.DataFrame]:
     """The training from each start at each depth, step by step.
+
+    ``roughness`` is N max_n ‖θ_(n+1) - θ_n‖, and ``apart`` is max_n ‖θ_n - θ_(n/2)‖, to the weights at half the depth.
 
     Args:
         depths: numbers of blocks N, each at least 2.
@@ -84,7 +69,7 @@ def run(
         device: where the networks are, in float64.
         tell: is told of progress.
     """
-    rows: list[Descent] = []
+    rows: list[dict[str, Any]] = []
     weights: dict[int, list[Tensor]] = {}  # depth -> θ at each step, shape (N, starts, d, d)
     done, total = 0, sum(depths)
     for depth in sorted(depths):
@@ -93,14 +78,15 @@ def run(
         half = weights.get(depth // 2) if depth % 2 == 0 else None
         for k, start in enumerate(STARTS):
             for step, theta in enumerate(weights[depth]):
-                apart = math.nan if half is None else _largest(theta[::2, k] - half[step][:, k])
-                roughness = depth * _largest(theta[1:, k] - theta[:-1, k])
-                rows.append(Descent(start, depth, step, float(losses[step][k]), roughness, apart))
+                row = {"start": start, "depth": depth, "step": step, "loss": float(losses[step][k])}
+                row["roughness"] = depth * _largest(theta[1:, k] - theta[:-1, k])
+                row["apart"] = math.nan if half is None else _largest(theta[::2, k] - half[step][:, k])
+                rows.append(row)
         done += depth
-    return rows
+    return {"linear": pd.DataFrame(rows)}
 
 
-def descend(depth: int, steps: int, seed: int, device: torch.device | str) -> tuple[list[Tensor], list[Tensor]]:
+def descend(depth: int, steps: int, seed: int, device: Device) -> tuple[list[Tensor], list[Tensor]]:
     """Losses, shape ``(starts,)``, and weights, shape ``(N, starts, d, d)``, before each step and after the last.
 
     The three networks are blocks of one state: what one learns has no influence on another.
@@ -140,65 +126,37 @@ def _largest(matrices: Tensor) -> float:
     return float(matrices.flatten(1).norm(dim=1).max())
 
 
-def sheets(rows: Sequence[Descent]) -> list[Sheet]:
-    """What to write and to show."""
-    return [Sheet("linear", "Linear residual networks after gradient descent", rows, _last(rows))]
-
-
-def summary(rows: Sequence[Descent]) -> list[str]:
+def summary(found: dict[str, pd.DataFrame]) -> list[str]:
     """A sentence for each start: the largest roughness during training, at the depths where it is least and most."""
-    sentences = []
-    for start in _starts_in(rows):
-        networks = _by_depth(rows, start).values()
-        largest = [max(row.roughness for row in network) for network in networks]
-        sentences.append(
-            f"{start} weights at the start: the largest N max‖θ_(n+1) - θ_n‖ in training is "
-            f"{min(largest):.3g} to {max(largest):.3g}, by depth"
-        )
-    return sentences
+    largest = found["linear"].groupby(["start", "depth"], sort=False)["roughness"].max()
+    return [
+        f"{start} weights at the start: the largest N max‖θ_(n+1) - θ_n‖ in training is {of.min():.3g} to {of.max():.3g}, "
+        "by depth"
+        for start, of in largest.groupby("start", sort=False)
+    ]
 
 
-def draw(rows: Sequence[Descent], figure: Figure) -> None:
+def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
     """The roughness over the steps, its largest value over depth, and how far networks of half the depth are."""
+    frame = found["linear"]
     over_steps, over_depth, halves = figure.subplots(1, 3)
-    for style, start in enumerate(_starts_in(rows)):
-        networks = _by_depth(rows, start)
-        depths = list(networks)
-        for i, network in enumerate(networks.values()):
-            points = [row.step for row in network], [row.roughness for row in network]
-            label = f"{start} weights at the start" if i == len(depths) - 1 else None
-            curve(over_steps, *points, style, label, marker="", linewidth=0.6 + 2 * i / len(depths))
-        curve(over_depth, depths, [max(row.roughness for row in of) for of in networks.values()], style)
-        apart = {depth: of[-1].apart for depth, of in networks.items() if not math.isnan(of[-1].apart)}
-        if apart:
-            curve(halves, list(apart), list(apart.values()), style)
-    depth_axis(over_depth, depths)
-    depth_axis(halves, depths)
-    over_steps.grid(alpha=0.3)
-    over_steps.set_xlabel(f"step of gradient descent (thin: N = {depths[0]}, thick: N = {depths[-1]})")
-    over_steps.legend(fontsize="small")
-    over_steps.set_title("N max‖θ$_{n+1}$ - θ$_n$‖ in training")
-    over_depth.set_title("its largest value in training")
-    halves.set_title("max‖θ$_n$ - θ$_{n/2}$ at half the depth‖, trained")
-    for axes in (over_steps, over_depth, halves):
-        axes.set_yscale("log", nonpositive="mask")
     # From zero, the first step leaves no more than roundings, which need not be seen.
-    over_steps.set_ylim(bottom=min((row.roughness for row in _last(rows) if row.roughness > 0), default=1.0) / 30)
+    seen = frame[frame["roughness"] > frame["roughness"].max() * 1e-9]
+    sns.lineplot(seen, x="step", y="roughness", hue="start", size="depth", palette="colorblind", ax=over_steps)
+    over_steps.set(yscale="log", xlabel="step of gradient descent", ylabel="", title="N max‖θ$_{n+1}$ - θ$_n$‖ in training")
+    over_steps.legend(fontsize="x-small")
+    over_steps.grid(alpha=0.3)
+    largest = frame.groupby(["start", "depth"], sort=False, as_index=False)["roughness"].max()
+    curves(over_depth, largest, "roughness", "start")
+    over_depth.set(ylabel="", title="its largest value in training")
+    trained = frame[(frame["step"] == frame["step"].max()) & (frame["apart"] > 0)]
+    if len(trained):
+        curves(halves, trained, "apart", "start", slopes=True)
+    halves.set(ylabel="", title="max‖θ$_n$ - θ$_{n/2}$ at half the depth‖, trained")
 
 
-def _starts_in(rows: Sequence[Descent]) -> list[str]:
-    return list(dict.fromkeys(row.start for row in rows))
+def _trained(frame: pd.DataFrame) -> pd.DataFrame:
+    return frame[frame["step"] == frame["step"].max()]
 
 
-def _by_depth(rows: Sequence[Descent], start: str) -> dict[int, list[Descent]]:
-    """The rows of one start, by depth, in the order of the steps."""
-    networks: dict[int, list[Descent]] = {}
-    for row in rows:
-        if row.start == start:
-            networks.setdefault(row.depth, []).append(row)
-    return networks
-
-
-def _last(rows: Sequence[Descent]) -> list[Descent]:
-    """The rows of the trained networks."""
-    return [of[-1] for start in _starts_in(rows) for of in _by_depth(rows, start).values()]
+STUDY = Study(run, summary, draw, "Linear residual networks after gradient descent", (13, 4.2), _trained)

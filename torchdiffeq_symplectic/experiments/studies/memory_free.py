@@ -12,54 +12,36 @@ M. Sander, P. Ablin, G. Peyré, Do Residual Neural Networks Discretize Neural Or
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from torchdiffeq_symplectic import odeint_adjoint
-from torchdiffeq_symplectic.hosts.torchdiffeq import tableau_of
+from torchdiffeq_symplectic.experiments.blocks import tanh_blocks
+from torchdiffeq_symplectic.experiments.studies.common import METHODS, Device, Study, Tell, curves, quiet, slope
 from torchdiffeq_symplectic.resnet import ResidualField
-from torchdiffeq_symplectic.resnet.studies.common import (
-    Sheet,
-    Tell,
-    column,
-    curve,
-    depth_axis,
-    quiet,
-    slope,
-    sloped,
-    tanh_blocks,
-)
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-__all__ = ["DEPTHS", "METHODS", "GradientError", "draw", "gradients", "run", "sheets", "summary"]
+__all__ = ["DEPTHS", "STUDY", "error", "gradients", "run"]
 
 DEPTHS = (8, 16, 32, 64, 128, 256)
-METHODS = {"euler": "Euler", "heun2": "Heun"}  # torchdiffeq's name -> what tables and pictures call it
 BATCH, WIDTH = 32, 16
+ERRORS = {
+    "x": "gradient in x",
+    "parameters": "gradient in all parameters",
+    "largest": "gradient in the worst parameter",
+    "state": "reconstructed input",
+}
 
 
-@dataclass(frozen=True)
-class GradientError:
-    """‖g - g*‖ / ‖g*‖ for one network, g by ``memory_free`` and g* by ``symplectic``, which is exact."""
+def run(depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet) -> dict[str, pd.DataFrame]:
+    """Relative errors of both methods at every depth; of Euler alone where torchdiffeq has no Heun (before 0.2.5).
 
-    method: str = column("method")
-    depth: int = column("depth N [blocks]")
-    x: float = column("error of the gradient in x [relative]", ".2e")
-    parameters: float = column("error of the gradient in all parameters [relative]", ".2e")
-    largest: float = column("largest error of one parameter's gradient [relative]", ".2e")
-
-
-def run(
-    depths: Sequence[int] = DEPTHS, seed: int = 0, device: torch.device | str = "cpu", tell: Tell = quiet
-) -> list[GradientError]:
-    """The errors of both methods at every depth; where torchdiffeq has no Heun (before 0.2.5), those of Euler's.
+    ``x``, ``parameters`` and ``largest`` are ‖g - g*‖ / ‖g*‖, g by ``memory_free`` and g* by ``symplectic``, which is
+    exact; ``state`` is ‖x̃_0 - x_0‖ / ‖x_0‖ of the input that stepping back recovers.
 
     Args:
         depths: numbers of blocks N, each at least 2.
@@ -67,29 +49,25 @@ def run(
         device: where gradients are computed, in float64.
         tell: is told of progress.
     """
-    rows: list[GradientError] = []
-    methods = _methods()
-    for method, name in methods.items():
+    rows: list[dict[str, Any]] = []
+    for method, name in METHODS.items():
         for depth in depths:
-            tell(f"{name}, {depth} blocks", len(rows) / (len(methods) * len(depths)))
+            tell(f"{name}, {depth} blocks", len(rows) / (len(METHODS) * len(depths)))
             generator = torch.Generator().manual_seed(seed)
             x, target = torch.randn(2, BATCH, WIDTH, generator=generator, dtype=torch.float64).to(device)
             field = ResidualField(tanh_blocks(depth, WIDTH, generator), residual=True).to(device)
             exact = gradients(field, x, target, method, "symplectic")
-            found = gradients(field, x, target, method, "memory_free")
-            rows.append(
-                GradientError(
-                    name,
-                    depth,
-                    _error(found[:1], exact[:1]),
-                    _error(found[1:], exact[1:]),
-                    max(_error([g], [g_exact]) for g, g_exact in zip(found[1:], exact[1:], strict=True)),
-                )
-            )
-    return rows
+            reconstruction: list[float] = []
+            found = gradients(field, x, target, method, "memory_free", report=reconstruction.append)
+            each = [error([g], [truth]) for g, truth in zip(found[1:], exact[1:], strict=True)]
+            errors = error(found[:1], exact[:1]), error(found[1:], exact[1:]), max(each), *reconstruction
+            rows.append({"method": name, "depth": depth, **dict(zip(ERRORS, errors, strict=True))})
+    return {"memory-free": pd.DataFrame(rows)}
 
 
-def gradients(field: ResidualField, x: Tensor, target: Tensor, method: str, adjoint_method: str) -> tuple[Tensor, ...]:
+def gradients(
+    field: ResidualField, x: Tensor, target: Tensor, method: str, adjoint_method: str, **adjoint_options: Any
+) -> tuple[Tensor, ...]:
     """Gradients of ½‖x_N - target‖² / batch with respect to the input x_0, then to the field's parameters.
 
     Args:
@@ -98,66 +76,45 @@ def gradients(field: ResidualField, x: Tensor, target: Tensor, method: str, adjo
         target: in the same shape.
         method: "euler" or "heun2".
         adjoint_method: the gradient mode.
+        adjoint_options: its options.
     """
     grid = field.grid(method, dtype=x.dtype, device=x.device)
     options: dict[str, Any] = {"grid_constructor": lambda func, y0, t: grid}
     leaf = x.detach().requires_grad_()
-    output = odeint_adjoint(field, leaf, grid[[0, -1]], method=method, options=options, adjoint_method=adjoint_method)[
-        -1
-    ]
+    output = odeint_adjoint(
+        field,
+        leaf,
+        grid[[0, -1]],
+        method=method,
+        options=options,
+        adjoint_method=adjoint_method,
+        adjoint_options=adjoint_options,
+    )[-1]
     loss = (output - target).square().sum() / (2 * len(x))
     return torch.autograd.grad(loss, (leaf, *field.parameters()))
 
 
-def sheets(rows: Sequence[GradientError]) -> list[Sheet]:
-    """What to write and to show."""
-    return [Sheet("memory-free", "How far the memory-free gradient is from the exact one", rows, rows)]
-
-
-def summary(rows: Sequence[GradientError]) -> list[str]:
-    """A sentence for each method: the powers of N by which its errors go."""
-    sentences = []
-    for name, of in _by_method(rows).items():
-        depths = [row.depth for row in of]
-        if len(depths) < 2:
-            continue
-        in_x, in_parameters = slope(depths, [row.x for row in of]), slope(depths, [row.parameters for row in of])
-        sentences.append(
-            f"{name}: the error in x goes as N^{in_x:.2f}, that in the parameters as N^{in_parameters:.2f}"
-        )
-    return sentences
-
-
-def draw(rows: Sequence[GradientError], figure: Figure) -> None:
-    """The errors over depth, both logarithmic, a curve for each method and kind of gradient."""
-    axes = figure.subplots()
-    style = 0
-    for name, of in _by_method(rows).items():
-        depths = [row.depth for row in of]
-        for kind, values in ("x", [row.x for row in of]), ("all parameters", [row.parameters for row in of]):
-            curve(axes, depths, values, style, sloped(f"{name}, {kind}", depths, values))
-            style += 1
-    depth_axis(axes, depths)
-    axes.set_yscale("log")
-    axes.set(ylabel="relative error of the gradient", title="The memory-free gradient, for weights smooth in depth")
-    axes.legend()
-
-
-def _error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
+def error(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     """‖g - g*‖ / ‖g*‖ over all entries of all tensors."""
     g, g_exact = (torch.cat([tensor.flatten() for tensor in tensors]) for tensors in (found, exact))
     return float((g - g_exact).norm() / g_exact.norm())
 
 
-def _methods() -> dict[str, str]:
-    """Those of `METHODS` that the installed torchdiffeq has."""
-    found = {}
-    for method, name in METHODS.items():
-        with contextlib.suppress(KeyError):
-            tableau_of(method)
-            found[method] = name
-    return found
+def summary(found: dict[str, pd.DataFrame]) -> list[str]:
+    """A sentence for each method: the powers of N by which its errors go."""
+    sentences = []
+    for name, of in found["memory-free"].groupby("method", sort=False):
+        if len(of) > 1:
+            powers = [f"{ERRORS[key]} N^{slope(of['depth'], of[key]):.2f}" for key in ("x", "parameters", "state")]
+            sentences.append(f"{name}: {', '.join(powers)}")
+    return sentences
 
 
-def _by_method(rows: Sequence[GradientError]) -> dict[str, list[GradientError]]:
-    return {name: [row for row in rows if row.method == name] for name in dict.fromkeys(row.method for row in rows)}
+def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
+    """The errors of gradient and reconstructed input over depth, a curve for each method."""
+    for axes, key in zip(figure.subplots(1, 2), ("parameters", "state"), strict=True):
+        curves(axes, found["memory-free"], key, "method", slopes=True)
+        axes.set(ylabel="relative error", title=f"memory_free: {ERRORS[key]}")
+
+
+STUDY = Study(run, summary, draw, "Relative errors of the memory-free gradient, and of the recovered input", (11, 4.5))
