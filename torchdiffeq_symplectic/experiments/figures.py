@@ -88,7 +88,7 @@ def logarithmic(axis: Axis, quantity: str) -> None:
     """Ticks that do not overprint each other, on an axis that is logarithmic already."""
     axis.set_minor_formatter(NullFormatter())
     if quantity != "gradient_error":
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if quantity == "peak_bytes" else (1, 1.5, 2, 3, 5)))
         axis.set_major_formatter("{x:g}")
 
 
