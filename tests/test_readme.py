@@ -18,7 +18,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "torchdiffeq_symplectic"
 README = (ROOT / "README.md").read_text(encoding="utf8")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
-PROJECT = pytest.importorskip("tomllib", reason="needs Python 3.11").loads((ROOT / "pyproject.toml").read_text(encoding="utf8"))["project"]
+PROJECT = pytest.importorskip("tomllib", reason="needs Python 3.11").loads(
+    (ROOT / "pyproject.toml").read_text(encoding="utf8")
+)["project"]
 DOCUMENTS = [ROOT / "README.md", PACKAGE / "hosts" / "README.md", PACKAGE / "resnet" / "README.md"]
 SOURCE = PROJECT["urls"]["Source"]
 
@@ -26,7 +28,9 @@ SOURCE = PROJECT["urls"]["Source"]
 def snippets() -> list[tuple[str, str]]:
     found = []
     for path in DOCUMENTS:
-        for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf8"), flags=re.DOTALL)):
+        for number, code in enumerate(
+            re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf8"), flags=re.DOTALL)
+        ):
             if not code.startswith("# doctest: skip"):
                 found.append((f"{path.relative_to(ROOT)}, {number}", code))
     return found

@@ -231,8 +231,8 @@ def test_bound_is_sharper_than_proposition_1() -> None:
 
 
 def test_bound_falls_with_the_depth() -> None:
-    bounds = [bound_of(compare(ResidualField(smooth_blocks(n, 1), residual=True), state(3, 4)))[-1] for n in (64, 256)]
-    assert 2 < bounds[0] / bounds[1] < 4.5
+    bounds = [bound_of(compare(ResidualField(smooth_blocks(n, 1), residual=True), state(3, 4)))[-1] for n in (32, 128)]
+    assert bounds[0] / bounds[1] > 2  # as 1/N, and the amplifications fall, too
 
 
 def test_what_the_solver_cannot_follow_is_said() -> None:

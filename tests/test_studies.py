@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
-from torchdiffeq_symplectic.resnet import ResidualField
 from torchdiffeq_symplectic.experiments.blocks import smooth, tanh_blocks
 from torchdiffeq_symplectic.experiments.studies import depth, digits, linear, memory_free, tied, training
 from torchdiffeq_symplectic.experiments.studies.common import METHODS, slope
+from torchdiffeq_symplectic.resnet import ResidualField
+
 
 def rows_of(frame: pd.DataFrame) -> list[Any]:
     return list(frame.itertuples(index=False, name="Row"))
@@ -252,7 +253,9 @@ def test_untied_blocks_are_copies() -> None:
 
 def test_memory_over_depth() -> None:
     images = digits.read_digits(0, "cpu")[0]
-    shallow, deep = ({(row.blocks, row.gradient): row.peak for row in rows_of(tied.memory(n, images, seed=0))} for n in (6, 26))
+    shallow, deep = (
+        {(row.blocks, row.gradient): row.peak for row in rows_of(tied.memory(n, images, seed=0))} for n in (6, 26)
+    )
     growth = {key: (deep[key] - shallow[key]) / 20 for key in deep}
     state = 4 * digits.BATCH * digits.CHANNELS * 8 * 8
     block = sum(4 * p.numel() for p in digits.ConvolutionBlock(digits.CHANNELS).parameters())

@@ -83,13 +83,12 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 Device = Annotated[
-    Any, typer.Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one")
+    Any,
+    typer.Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one"),
 ]
 Out = Annotated[Path, typer.Option(callback=_writable, help="Directory for the files, made if need be.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is drawn.")]
-Depths = Annotated[
-    Any, typer.Option(parser=_depths, metavar="N,N,...", help="Numbers of blocks.")
-]
+Depths = Annotated[Any, typer.Option(parser=_depths, metavar="N,N,...", help="Numbers of blocks.")]
 
 
 def _known(name: str, values: Iterable[str], option: str) -> None:
@@ -103,7 +102,9 @@ def _known(name: str, values: Iterable[str], option: str) -> None:
 
 @app.command()
 def check(
-    host: Annotated[str, typer.Option(help="torchdiffeq or torchdyn only.", show_default="all that are installed")] = "",
+    host: Annotated[
+        str, typer.Option(help="torchdiffeq or torchdyn only.", show_default="all that are installed")
+    ] = "",
     mode: Annotated[list[str] | None, typer.Option(help="This mode only; may be repeated.", show_default="all")] = None,
     dtype: Annotated[Literal["float64", "float32"], typer.Option(help="Of states, parameters and times.")] = "float64",
     json_file: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write a JSON file.")] = None,
@@ -164,12 +165,16 @@ def benchmark(
     problems: Annotated[list[str] | None, typer.Argument(metavar="[PROBLEM]...", show_default="all")] = None,
     mode: Annotated[
         list[str] | None,
-        typer.Option(help="A contender beside backpropagation, by its name in the table; may be repeated.", show_default="all"),
+        typer.Option(
+            help="A contender beside backpropagation, by its name in the table; may be repeated.", show_default="all"
+        ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what is there already.")] = False,
     readme: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", exists=True, dir_okay=False, help="Put the results between its <!-- benchmark --> lines."),
+        typer.Option(
+            metavar="FILE", exists=True, dir_okay=False, help="Put the results between its <!-- benchmark --> lines."
+        ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
     device: Device = "",
@@ -191,7 +196,9 @@ def benchmark(
     for name in mode or []:
         _known(name, installed, "--mode")
     if readme is not None and not report.has_place(readme):
-        raise typer.BadParameter(f"{readme} lacks the lines {report.OPENING} and {report.CLOSING}", param_hint="--readme")
+        raise typer.BadParameter(
+            f"{readme} lacks the lines {report.OPENING} and {report.CLOSING}", param_hint="--readme"
+        )
     chosen = [one for name, one in installed.items() if not mode or name in (contenders.BACKPROPAGATION, *mode)]
     series = [one for name, one in PROBLEMS.items() if not problems or name in problems]
     try:
@@ -204,7 +211,9 @@ def benchmark(
 @app.command()
 def resnet(
     arch: Annotated[str, typer.Option(help="torchvision's name of the network.")] = "resnet101",
-    stage: Annotated[str, typer.Option(help="The module whose children are the blocks.", show_default="the longest")] = "",
+    stage: Annotated[
+        str, typer.Option(help="The module whose children are the blocks.", show_default="the longest")
+    ] = "",
     batch: Annotated[int, typer.Option(min=1, help="Images that are used.")] = 4,
     size: Annotated[int, typer.Option(min=1, help="Their height and width in pixels.")] = 64,
     interpolate: Annotated[

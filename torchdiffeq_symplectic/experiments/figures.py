@@ -1,4 +1,4 @@
-"""One look for all pictures: each way to a gradient has its own colour, marker and dashes, and `symplectic` stands out."""
+"""One look for all pictures: each way to a gradient has its own colour and marker, and `symplectic` stands out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,19 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-__all__ = ["FLOOR", "LABELS", "MIB", "STYLES", "curves", "depth_axis", "dots", "grid", "logarithmic", "save", "values_of"]
+__all__ = [
+    "FLOOR",
+    "LABELS",
+    "MIB",
+    "STYLES",
+    "curves",
+    "depth_axis",
+    "dots",
+    "grid",
+    "logarithmic",
+    "save",
+    "values_of",
+]
 
 MIB = 2**20
 FLOOR = 1e-17  # where an error of exactly zero is drawn
@@ -65,7 +77,9 @@ def values_of(frame: pd.DataFrame, quantity: str) -> pd.Series[float]:
 
 def curves(frame: pd.DataFrame, quantity: str, axes: Axes, label: str) -> None:
     """``quantity`` over the column "value", both logarithmic, a curve for each contender."""
-    for contender, of in frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"]).groupby("contender", sort=False):
+    for contender, of in (
+        frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"]).groupby("contender", sort=False)
+    ):
         colour, marker = _style(str(contender))
         own = contender == "symplectic"
         axes.loglog(
@@ -97,7 +111,9 @@ def dots(frame: pd.DataFrame, quantity: str, axes: Axes) -> None:
     of = frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"])
     names = list(of["contender"])
     palette = {name: _style(name)[0] for name in names}
-    sns.stripplot(of, x="y", y="contender", hue="contender", palette=palette, size=8, jitter=False, legend=False, ax=axes)
+    sns.stripplot(
+        of, x="y", y="contender", hue="contender", palette=palette, size=8, jitter=False, legend=False, ax=axes
+    )
     axes.set_xscale("log")
     logarithmic(axes.xaxis, quantity)
     axes.set(xlabel=LABELS[quantity], ylabel="")

@@ -40,7 +40,8 @@ def run(
         arch: torchvision's name of the network, which gets random weights and is in training mode: batch norm has no
             statistics but the batch's.
         stage: the module whose children are the blocks; empty for the one with the most blocks.
-        batch, size: number, and height and width, of the images.
+        batch: number of images.
+        size: their height and width.
         interpolate: as of `ResidualField`.
         device: where it is computed.
         seed: of weights and images.

@@ -42,9 +42,7 @@ def network_states(field: ResidualField, x: Tensor) -> list[Tensor]:
     return states
 
 
-def network_gradient(
-    field: ResidualField, states: Sequence[Tensor], loss: Loss
-) -> list[Tensor]:
+def network_gradient(field: ResidualField, states: Sequence[Tensor], loss: Loss) -> list[Tensor]:
     """The gradient of ``loss(x_N)`` with respect to ``x_0`` and the parameters that need one.
 
     The chain rule from the last block to the first, each evaluated again at its state, so that one block's graph is

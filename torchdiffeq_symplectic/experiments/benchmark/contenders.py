@@ -1,6 +1,6 @@
 """The ways to differentiate a solve that are measured against each other.
 
-Here are those of torchdiffeq; each has a truth, backpropagation through its own solve, its accepted steps held constant.
+Here are those of torchdiffeq. Each has a truth: backpropagation through its own solve, its accepted steps held constant.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ def _seminorm(func: nn.Module, y0: State, t: Tensor, *, options: dict[str, Any],
     Kidger, Chen, Lyons, "Hey, that's not an ODE": Faster ODE Adjoints via Seminorms, ICML 2021,
     https://arxiv.org/abs/2009.09457
     """
-    return _odeint_adjoint(
-        func, y0, t, options=options, adjoint_options={**options, "norm": "seminorm"}, **settings
-    )
+    return _odeint_adjoint(func, y0, t, options=options, adjoint_options={**options, "norm": "seminorm"}, **settings)
 
 
 def _checkpoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:

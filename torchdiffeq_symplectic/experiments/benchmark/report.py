@@ -13,7 +13,17 @@ from torchdiffeq_symplectic.experiments.benchmark.contenders import is_own
 from torchdiffeq_symplectic.experiments.benchmark.problem import Series
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.results import Results
-from torchdiffeq_symplectic.experiments.figures import LABELS, MIB, STYLES, curves, dots, grid, logarithmic, save, values_of
+from torchdiffeq_symplectic.experiments.figures import (
+    LABELS,
+    MIB,
+    STYLES,
+    curves,
+    dots,
+    grid,
+    logarithmic,
+    save,
+    values_of,
+)
 from torchdiffeq_symplectic.experiments.tables import markdown, rich_table
 
 __all__ = ["draw", "has_place", "overview", "report", "section", "table", "update"]
@@ -46,7 +56,9 @@ def _cells(rows: pd.DataFrame) -> pd.DataFrame:
             "memory [MiB]": (ran["peak_bytes"] / MIB).map("{:.2f}".format),
             "memory": (ran["peak_bytes"] / base).map("{:.2g}".format),
             "time": ran["relative_time"].map("{:.2f}".format),
-            "quartiles": [f"{a:.2f}-{b:.2f}" for a, b in zip(ran["relative_time_low"], ran["relative_time_high"], strict=True)],
+            "quartiles": [
+                f"{a:.2f}-{b:.2f}" for a, b in zip(ran["relative_time_low"], ran["relative_time_high"], strict=True)
+            ],
             "forward": ran["relative_forward"].map("{:.2f}".format),
             "backward": ran["relative_backward"].map("{:.2f}".format),
             "evaluations": [
@@ -90,7 +102,10 @@ def section(results: Results) -> str:
     frame["error"] = frame["gradient_error"].map("{:.0e}".format)
     shown = frame[frame["title"].notna()]
     parts = [_conditions(results)]
-    parts += ["**Time / peak memory of forward and backward pass, over those of backpropagation**", _wide(shown, "cost")]
+    parts += [
+        "**Time / peak memory of forward and backward pass, over those of backpropagation**",
+        _wide(shown, "cost"),
+    ]
     parts += ["**Relative error of the gradient**", _wide(shown, "error")]
     tolerances = frame[frame["problem"] == "tolerance"]
     if len(tolerances):
@@ -126,7 +141,10 @@ def _gains(results: Results) -> Iterable[str]:
             yield f"{title}: `symplectic` takes 1/{factor:.1f} of the upstream adjoint's time."
     factor = _ratio(results, "steps", "100 steps", "peak_bytes", BACKPROPAGATION, SYMPLECTIC)
     if factor:
-        times = (_ratio(results, "steps", "100 steps", "relative_time", name, BACKPROPAGATION) for name in (SYMPLECTIC, STAGES))
+        times = (
+            _ratio(results, "steps", "100 steps", "relative_time", name, BACKPROPAGATION)
+            for name in (SYMPLECTIC, STAGES)
+        )
         own, stages = times
         yield (
             f"100 steps of dopri5 in a large network: 1/{factor:.0f} of the memory of backpropagation at {own:.2f} of "

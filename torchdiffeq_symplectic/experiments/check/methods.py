@@ -16,7 +16,7 @@ from torchdiffeq_symplectic.experiments.environment import first_step_held
 
 __all__ = ["HOSTS", "Host", "Method"]
 
-# Called as (field, y0, t, mode, options of the mode); the mode is None for the host's own solve, which autograd follows.
+# Called as (field, y0, t, mode, options of the mode); the mode is None for the host's own solve, for autograd to follow.
 # The third of the output times lies on the end of a step.
 Solve = Callable[[nn.Module, Tensor, Tensor, str | None, Mapping[str, object]], Tensor]
 
@@ -162,7 +162,4 @@ class _WithArguments(nn.Module):
         return slope
 
 
-HOSTS = {
-    host.name: host for host in (Host("torchdiffeq", torchdiffeq_methods), Host("torchdyn", torchdyn_methods))
-}
-
+HOSTS = {host.name: host for host in (Host("torchdiffeq", torchdiffeq_methods), Host("torchdyn", torchdyn_methods))}

@@ -101,9 +101,7 @@ def _wrong(rows: Sequence[Finding]) -> list[Finding]:
 def _unmeasured(rows: Sequence[Finding]) -> list[tuple[str, str]]:
     """Host and variant, for the variants that should be exact and refuse every method of the host."""
     judged = dict.fromkeys((row.host, row.variant) for row in rows if MODES[row.mode].exact)
-    return [
-        pair for pair in judged if all(row.outcome == "refused" for row in rows if (row.host, row.variant) == pair)
-    ]
+    return [pair for pair in judged if all(row.outcome == "refused" for row in rows if (row.host, row.variant) == pair)]
 
 
 def _number(error: float | None) -> float | str | None:

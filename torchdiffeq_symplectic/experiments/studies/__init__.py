@@ -43,9 +43,7 @@ def run(name: str, settings: Mapping[str, Any], out: Path) -> None:
     columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=1.0)
-        found = study.run(
-            **settings, tell=lambda doing, part: progress.update(task, description=doing, completed=part)
-        )
+        found = study.run(**settings, tell=lambda doing, part: progress.update(task, description=doing, completed=part))
         progress.update(task, description=name, completed=1.0)
     out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{name}.png"]
@@ -63,4 +61,6 @@ def run(name: str, settings: Mapping[str, Any], out: Path) -> None:
 
 def _texts(frame: pd.DataFrame) -> pd.DataFrame:
     """With numbers of three digits."""
-    return frame.apply(lambda column: column.map("{:.3g}".format, na_action="ignore") if column.dtype == float else column)
+    return frame.apply(
+        lambda column: column.map("{:.3g}".format, na_action="ignore") if column.dtype == float else column
+    )

@@ -102,7 +102,9 @@ FAMILIES = {
 }
 
 
-def run(depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet) -> dict[str, pd.DataFrame]:
+def run(
+    depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet
+) -> dict[str, pd.DataFrame]:
     """Distances of the hidden states x_n from the ODE's x(n/N), in units of ‖x_0‖, of every family at every depth.
 
     Args:

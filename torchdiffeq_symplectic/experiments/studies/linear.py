@@ -130,8 +130,8 @@ def summary(found: dict[str, pd.DataFrame]) -> list[str]:
     """A sentence for each start: the largest roughness during training, at the depths where it is least and most."""
     largest = found["linear"].groupby(["start", "depth"], sort=False)["roughness"].max()
     return [
-        f"{start} weights at the start: the largest N max‖θ_(n+1) - θ_n‖ in training is {of.min():.3g} to {of.max():.3g}, "
-        "by depth"
+        f"{start} weights at the start: the largest N max‖θ_(n+1) - θ_n‖ in training is {of.min():.3g} to "
+        f"{of.max():.3g}, by depth"
         for start, of in largest.groupby("start", sort=False)
     ]
 
@@ -143,7 +143,9 @@ def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
     # From zero, the first step leaves no more than roundings, which need not be seen.
     seen = frame[frame["roughness"] > frame["roughness"].max() * 1e-9]
     sns.lineplot(seen, x="step", y="roughness", hue="start", size="depth", palette="colorblind", ax=over_steps)
-    over_steps.set(yscale="log", xlabel="step of gradient descent", ylabel="", title="N max‖θ$_{n+1}$ - θ$_n$‖ in training")
+    over_steps.set(
+        yscale="log", xlabel="step of gradient descent", ylabel="", title="N max‖θ$_{n+1}$ - θ$_n$‖ in training"
+    )
     over_steps.legend(fontsize="x-small")
     over_steps.grid(alpha=0.3)
     largest = frame.groupby(["start", "depth"], sort=False, as_index=False)["roughness"].max()

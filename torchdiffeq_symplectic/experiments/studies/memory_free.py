@@ -37,7 +37,9 @@ ERRORS = {
 }
 
 
-def run(depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet) -> dict[str, pd.DataFrame]:
+def run(
+    depths: Sequence[int] = DEPTHS, seed: int = 0, device: Device = "cpu", tell: Tell = quiet
+) -> dict[str, pd.DataFrame]:
     """Relative errors of both methods at every depth; of Euler alone where torchdiffeq has no Heun (before 0.2.5).
 
     ``x``, ``parameters`` and ``largest`` are ‖g - g*‖ / ‖g*‖, g by ``memory_free`` and g* by ``symplectic``, which is

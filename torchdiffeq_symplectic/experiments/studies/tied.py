@@ -93,7 +93,9 @@ def memory(depth: int, images: Images, seed: int) -> pd.DataFrame:
             if pixels.is_cuda:
                 both_passes()  # allocates the workspaces of its libraries
             network.zero_grad()
-            rows.append({"blocks": kind, "gradient": way, "depth": depth, "peak": peak_bytes(both_passes, pixels.device)})
+            rows.append(
+                {"blocks": kind, "gradient": way, "depth": depth, "peak": peak_bytes(both_passes, pixels.device)}
+            )
     return pd.DataFrame(rows)
 
 
@@ -118,9 +120,7 @@ def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
     training.loc[training["blocks"] == "untied", "epoch"] += training["epoch"].max()
     training["way"] = training["blocks"] + " blocks, " + training["gradient"]
     training["accuracy"] *= 100
-    sns.lineplot(
-        training, x="epoch", y="accuracy", hue="way", style="way", markers=True, palette="colorblind", ax=left
-    )
+    sns.lineplot(training, x="epoch", y="accuracy", hue="way", style="way", markers=True, palette="colorblind", ax=left)
     left.set(ylabel="accuracy on test images [%]", title="Trained tied, then refined untied")
     left.set_ylim(bottom=max(0.0, training.loc[training["epoch"] > 0, "accuracy"].min() - 3))
     left.grid(alpha=0.3)

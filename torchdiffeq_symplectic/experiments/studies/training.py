@@ -1,4 +1,4 @@
-"""How far the memory-free gradient is from the exact one *during* training, over depth, and what that costs in accuracy.
+"""How far the memory-free gradient is from the exact one *during* training, over depth, and what accuracy that costs.
 
 Networks of several depths learn scikit-learn's digits, as Euler's scheme and as Heun's, backpropagated and memory-free,
 from the same weights (untied, equal at first) on the same batches. After each epoch the memory-free gradient of one
@@ -93,7 +93,14 @@ def draw(found: dict[str, pd.DataFrame], figure: Figure) -> None:
     over_epochs, trained, test = figure.subplots(1, 3)
     own = frame[frame["gradient"] == "memory_free"].astype({"depth": str})
     sns.lineplot(
-        own, x="epoch", y="gradient error", hue="method", size="depth", style="method", palette="colorblind", ax=over_epochs
+        own,
+        x="epoch",
+        y="gradient error",
+        hue="method",
+        size="depth",
+        style="method",
+        palette="colorblind",
+        ax=over_epochs,
     )
     over_epochs.set(yscale="log", title="memory_free in training: error of the gradient")
     over_epochs.grid(alpha=0.3)
