@@ -1,4 +1,4 @@
-"""The matrix of versions: what pytest and ``check`` found for each, as `matrix.csv` and as the table in `compat/README.md`.
+"""The matrix of versions: what pytest and ``check`` found for each, as `matrix.csv` and as the table in README.md.
 
 ``compat/noxfile.py`` runs them and leaves ``tests.xml`` (pytest's ``--junitxml``) and ``check.json`` in a folder for
 each entry of `planned`. This module needs neither PyTorch nor a host, as it runs beside nox.

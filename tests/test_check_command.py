@@ -65,7 +65,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return way(field, y0, t, **settings)
 
         monkeypatch.setattr(torchdiffeq, "odeint_adjoint", odeint_adjoint)
-        monkeypatch.setitem(MODES, "own", SimpleNamespace(exact=exact, options=frozenset(), methods=()))  # type: ignore[arg-type]
+        monkeypatch.setitem(MODES, "own", SimpleNamespace(exact=exact, options=frozenset(), methods=()))
 
     return install
 

@@ -1,4 +1,4 @@
-"""The READMEs and CHANGELOG against the facts: examples run as a user runs them, tables and numbers are the package's."""
+"""The READMEs and CHANGELOG against the facts: examples run as users run them, tables and numbers are the package's."""
 
 from __future__ import annotations
 

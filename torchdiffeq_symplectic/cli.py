@@ -24,8 +24,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 study = typer.Typer(
-    help="Run an experiment on residual networks and ODEs, in a minute or two on two cores. It prints a table and writes "
-    "a picture and a CSV file.",
+    help="Run an experiment on residual networks and ODEs, in a minute or two on two cores. "
+    "It prints a table and writes a picture and a CSV file.",
     no_args_is_help=True,
 )
 app.add_typer(study, name="study")
@@ -111,8 +111,8 @@ def check(
 ) -> None:
     """Measure whether gradients are exact with the installed versions.
 
-    Compares every method of every installed host, under every mode, with backpropagation through the host's own solve. Takes
-    less than a minute. Exits with 1 if a gradient that should be exact is not.
+    Compares every method of every installed host, under every mode, with backpropagation through the host's own
+    solve. Takes less than a minute. Exits with 1 if a gradient that should be exact is not.
     """
     from rich.console import Console
 
@@ -183,11 +183,13 @@ def benchmark(
 ) -> None:
     """Measure the ways to a gradient against each other.
 
-    Measures gradient error, peak memory, time and field evaluations of backpropagation, upstream's adjoints, this package's
-    modes, and torchdyn and other packages where they are installed. Each case is kept at once: after an interruption the
-    same command goes on. All problems take about an hour on one CPU core; OMP_NUM_THREADS=1 makes times vary less.
+    Measures gradient error, peak memory, time and field evaluations of backpropagation, upstream's adjoints, this
+    package's modes, and torchdyn and other packages where they are installed. Each case is kept at once: after an
+    interruption the same command goes on. All problems take about an hour on one CPU core; OMP_NUM_THREADS=1 makes
+    times vary less.
     """
     from torchdiffeq_symplectic.experiments.benchmark import contenders, report, run
+    from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION
     from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 
     for name in problems or []:
@@ -199,7 +201,7 @@ def benchmark(
         raise typer.BadParameter(
             f"{readme} lacks the lines {report.OPENING} and {report.CLOSING}", param_hint="--readme"
         )
-    chosen = [one for name, one in installed.items() if not mode or name in (contenders.BACKPROPAGATION, *mode)]
+    chosen = [one for name, one in installed.items() if not mode or name in (BACKPROPAGATION, *mode)]
     series = [one for name, one in PROBLEMS.items() if not problems or name in problems]
     try:
         finished = run.run(series, chosen, run.Settings.here(device, repeats, seed), out, fresh, readme)
@@ -225,8 +227,8 @@ def resnet(
 ) -> None:
     """Measure whether a stage of a residual network is a discretized ODE.
 
-    The network has random weights and is in training mode; the images are parts of scikit-learn's photographs. For your own
-    weights and images see the README of torchdiffeq_symplectic.resnet. Writes report.png and report.json.
+    The network has random weights and is in training mode; the images are parts of scikit-learn's photographs. For
+    your own weights and images see the README of torchdiffeq_symplectic.resnet. Writes report.png and report.json.
     """
     from torchdiffeq_symplectic.experiments import resnet
 

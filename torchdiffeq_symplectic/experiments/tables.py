@@ -24,4 +24,5 @@ def rich_table(frame: pd.DataFrame, title: str, caption: str | None = None) -> T
 def markdown(frame: pd.DataFrame) -> str:
     """``frame`` of texts as a table in Markdown, without its index; all but the first column on the right."""
     alignment = ["left", *["right"] * (len(frame.columns) - 1)]
-    return frame.fillna("").to_markdown(index=False, colalign=alignment, disable_numparse=True)
+    text: str = frame.fillna("").to_markdown(index=False, colalign=alignment, disable_numparse=True)
+    return text

@@ -23,7 +23,7 @@ def draw(report: EquivalenceReport, path: str | Path) -> None:
     """Distance and bound, weights, and errors of the memory-free gradient over depth, side by side."""
     figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    depths = np.arange(report.blocks + 1) / report.blocks
+    depths = [n / report.blocks for n in range(report.blocks + 1)]
     both = {"distance ‖x_n - x(n/N)‖": report.distance[1:], "bound": report.bound[1:]}  # at 0, both are zero
     _curves(left, depths[1:], both, "depth n/N", "Euclidean norm over the batch", "Network and ODE")
     left.set_yscale("log")

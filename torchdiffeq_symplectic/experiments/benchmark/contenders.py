@@ -1,6 +1,6 @@
 """The ways to differentiate a solve that are measured against each other.
 
-Here are those of torchdiffeq. Each has a truth: backpropagation through its own solve, its accepted steps held constant.
+Here are those of torchdiffeq. Each has a truth: backpropagation through its own solve, accepted steps held constant.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torchdiffeq_symplectic.experiments.environment import first_step_held
 
 __all__ = ["HOSTS", "Host", "Method"]
 
-# Called as (field, y0, t, mode, options of the mode); the mode is None for the host's own solve, for autograd to follow.
+# Called as (field, y0, t, mode, options of the mode); mode None is the host's own solve, which autograd follows.
 # The third of the output times lies on the end of a step.
 Solve = Callable[[nn.Module, Tensor, Tensor, str | None, Mapping[str, object]], Tensor]
 
@@ -104,10 +104,11 @@ def torchdyn_methods() -> list[Method]:
     from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 
     def sequential(solver: Any, **settings: Any) -> Solve:
+        # A hypersolver is given as a class; its network is the field once more.
         return _by_torchdyn(
             lambda field, mode: ODEProblem(
                 field,
-                solver(field) if inspect.isclass(solver) else solver,  # a hypersolver's network is the field once more
+                solver if isinstance(solver, str) else solver(field),
                 sensitivity=mode,
                 **settings,
                 **TORCHDYN_TOLERANCES,
