@@ -1,6 +1,6 @@
 """A latent ODE learns noisy spirals (Chen et al., NeurIPS 2018): python latent_ode.py [--steps 200].
 
-A recurrent network reads a spiral backwards, the ODE moves its latent state, and a decoder turns the states into points.
+A recurrent network reads a spiral backwards, the ODE moves its latent state, a decoder turns the states into points.
 Prints loss, peak memory and time with the symplectic adjoint on and off.
 """
 

@@ -1,4 +1,4 @@
-"""An image classifier in torchdyn with Lightning, on scikit-learn's digits: python lightning_classifier.py [--steps 60].
+"""An image classifier in torchdyn with Lightning, on small digits: python lightning_classifier.py [--steps 60].
 
 Prints loss, peak memory and time with the symplectic adjoint on and off. Needs the extra torchdyn.
 """
@@ -56,7 +56,7 @@ def train(sensitivity: str, steps: int) -> None:
     model = Classifier(sensitivity)
     memory = peak_bytes(lambda: model.training_step(next(iter(loader)), 0).backward(), "cpu") / 2**20
     model.zero_grad()
-    quiet = {
+    quiet: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
