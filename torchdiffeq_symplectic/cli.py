@@ -47,8 +47,8 @@ def common(
 
 
 def _device(text: str) -> torch.device:
-    """The device of that name; an empty one is CUDA's if there is one, else the CPU."""
-    if not text:
+    """The device of that name; "auto" is CUDA's if there is one, else the CPU."""
+    if text == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
@@ -82,10 +82,7 @@ def _depths(text: str) -> tuple[int, ...]:
     return tuple(depths)
 
 
-Device = Annotated[
-    Any,
-    typer.Option(parser=_device, metavar="DEVICE", help="cpu, cuda, cuda:1, ...", show_default="cuda if there is one"),
-]
+Device = Annotated[Any, typer.Option(parser=_device, metavar="DEVICE", help="auto, cpu, cuda, cuda:1, ...")]
 Out = Annotated[Path, typer.Option(callback=_writable, help="Directory for the files, made if need be.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of everything that is drawn.")]
 Depths = Annotated[Any, typer.Option(parser=_depths, metavar="N,N,...", help="Numbers of blocks.")]
@@ -147,7 +144,7 @@ def check(
 @app.command()
 def demo(
     steps: Annotated[int, typer.Option(min=1, help="Of the optimizer.")] = 800,
-    device: Device = "",
+    device: Device = "auto",
     seed: Seed = 0,
     out: Out = Path("torchdiffeq-symplectic-demo"),
 ) -> None:
@@ -177,7 +174,7 @@ def benchmark(
         ),
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds of timing.")] = 5,
-    device: Device = "",
+    device: Device = "auto",
     seed: Seed = 0,
     out: Out = Path("torchdiffeq-symplectic-benchmark"),
 ) -> None:
@@ -221,7 +218,7 @@ def resnet(
     interpolate: Annotated[
         Literal["outputs", "weights", "piecewise"], typer.Option(help="What lies between two blocks.")
     ] = "outputs",
-    device: Device = "",
+    device: Device = "auto",
     seed: Seed = 0,
     out: Out = Path("torchdiffeq-symplectic-resnet"),
 ) -> None:
@@ -238,7 +235,6 @@ def resnet(
         raise typer.BadParameter(str(error), param_hint=error.option) from error
 
 
-StudyOut = Annotated[Path, typer.Option(callback=_writable, help="Directory for the files, made if need be.")]
 STUDY_OUT = Path("torchdiffeq-symplectic-study")
 
 
@@ -250,7 +246,7 @@ def _run_study(name: str, out: Path, **settings: Any) -> None:
 
 @study.command("depth")
 def study_depth(
-    depths: Depths = "16,32,64,128,256,512", device: Device = "cpu", seed: Seed = 0, out: StudyOut = STUDY_OUT
+    depths: Depths = "16,32,64,128,256,512", device: Device = "cpu", seed: Seed = 0, out: Out = STUDY_OUT
 ) -> None:
     """How far networks are from the ODEs through their blocks, over depth."""
     _run_study("depth", out, depths=depths, device=device, seed=seed)
@@ -258,7 +254,7 @@ def study_depth(
 
 @study.command("memory-free")
 def study_memory_free(
-    depths: Depths = "8,16,32,64,128,256", device: Device = "cpu", seed: Seed = 0, out: StudyOut = STUDY_OUT
+    depths: Depths = "8,16,32,64,128,256", device: Device = "cpu", seed: Seed = 0, out: Out = STUDY_OUT
 ) -> None:
     """How far memory-free gradients and states are from the exact ones, over depth."""
     _run_study("memory-free", out, depths=depths, device=device, seed=seed)
@@ -270,7 +266,7 @@ def study_training(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 10,
     device: Device = "cpu",
     seed: Seed = 0,
-    out: StudyOut = STUDY_OUT,
+    out: Out = STUDY_OUT,
 ) -> None:
     """Gradient and test error over depth during training, Euler and Heun, backpropagated and memory-free."""
     _run_study("training", out, depths=depths, epochs=epochs, device=device, seed=seed)
@@ -282,7 +278,7 @@ def study_linear(
     steps: Annotated[int, typer.Option(min=1, help="Of gradient descent.")] = 60,
     device: Device = "cpu",
     seed: Seed = 0,
-    out: StudyOut = STUDY_OUT,
+    out: Out = STUDY_OUT,
 ) -> None:
     """Whether gradient descent keeps weights smooth in depth."""
     _run_study("linear", out, depths=depths, steps=steps, device=device, seed=seed)
@@ -295,7 +291,7 @@ def study_tied(
     epochs: Annotated[int, typer.Option(min=1, help="Of each of the two stages.")] = 12,
     device: Device = "cpu",
     seed: Seed = 0,
-    out: StudyOut = STUDY_OUT,
+    out: Out = STUDY_OUT,
 ) -> None:
     """Train with tied weights, then refine untied and memory-free."""
     _run_study("tied", out, depths=depths, depth=depth, epochs=epochs, device=device, seed=seed)

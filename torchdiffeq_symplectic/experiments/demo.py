@@ -23,7 +23,7 @@ from torchdiffeq_symplectic.experiments.benchmark.problems.flow import FlowField
 from torchdiffeq_symplectic.experiments.environment import one_thread
 from torchdiffeq_symplectic.experiments.figures import dots, grid, save
 
-__all__ = ["Outcome", "run"]
+__all__ = ["DemoOutcome", "run"]
 
 WIDTH = 64
 BATCH = 128
@@ -35,7 +35,7 @@ CONTENDERS = ("backpropagation", "adjoint", "aca", "baseline", "symplectic", "sy
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DemoOutcome:
     """What a run found. Likelihoods are negative logarithms in nats per dimension: less is better.
 
     Attributes:
@@ -50,7 +50,7 @@ class Outcome:
 
 
 @one_thread()
-def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome:
+def run(device: torch.device | str, seed: int, steps: int, out: Path) -> DemoOutcome:
     """Train the flow, compare the gradients, print a table, and write ``demo.png`` and ``demo.csv``.
 
     Args:
@@ -73,7 +73,7 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> Outcome
     with console.status("Comparing the gradients of the trained flow"):
         rows = compare(_problem(field, train, seed), _contenders(), ROUNDS)
     console.print(report.table(rows))
-    outcome = Outcome(training, held_out, rows)
+    outcome = DemoOutcome(training, held_out, rows)
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "demo.csv", index=False)
     _draw(outcome, out / "demo.png")
@@ -152,7 +152,7 @@ def _contenders() -> list[Contender]:
     return [contender for contender in installed() if contender.name in CONTENDERS]
 
 
-def _draw(outcome: Outcome, path: Path) -> None:
+def _draw(outcome: DemoOutcome, path: Path) -> None:
     """The likelihood during training on the left, then the comparison."""
     figure, ((training, *others),) = grid(1, 4, height=3.8)
     training.plot(range(len(outcome.training)), outcome.training, color="0.7", linewidth=0.8, label="training batch")

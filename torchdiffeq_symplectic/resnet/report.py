@@ -14,6 +14,7 @@ import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
+from torchdiffeq_symplectic.resnet.arguments import check_device, checked_batch, field_of
 from torchdiffeq_symplectic.resnet.bounds import bound
 from torchdiffeq_symplectic.resnet.field import ResidualField
 from torchdiffeq_symplectic.resnet.gradients import (
@@ -182,9 +183,9 @@ def equivalence_report(
         >>> report.distance[-1] <= report.bound[-1]
         True
     """
-    x = _checked_batch(x)
-    original = _field(blocks, residual, interpolate)
-    _check_device(original, x)
+    x = checked_batch(x)
+    original = field_of(blocks, residual, interpolate)
+    check_device(original, x)
     if not 0 < accuracy < 1:
         raise ValueError(f"accuracy must be between 0 and 1, but is {accuracy!r}")
     if dtype is None:
@@ -267,30 +268,6 @@ def _compare_network(field: ResidualField, x: Tensor, loss: Loss) -> tuple[float
     return max(error if math.isfinite(error) else math.inf for error in errors), agreement(
         field, of_host, exact
     ).relative
-
-
-def _checked_batch(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, but is a {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be of dtype float32 or float64, but is of {x.dtype}; convert it and the blocks")
-    if x.numel() == 0:
-        raise ValueError(f"x must have entries, but is of shape {tuple(x.shape)}")
-    return x.detach()
-
-
-def _field(blocks: Iterable[nn.Module] | ResidualField, residual: bool, interpolate: str) -> ResidualField:
-    if not isinstance(blocks, ResidualField):
-        return ResidualField(blocks, residual=residual, interpolate=interpolate)
-    if residual or interpolate != "outputs":
-        raise ValueError("residual and interpolate are for blocks; a ResidualField has its own. Leave them out.")
-    return blocks
-
-
-def _check_device(field: ResidualField, x: Tensor) -> None:
-    for name, value in (*field.named_parameters(), *field.named_buffers()):
-        if value.device != x.device:
-            raise ValueError(f"x is on {x.device}, but {name} is on {value.device}; move one of them with .to()")
 
 
 def _loss(given: Loss | None, x: Tensor) -> Loss:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic import MODES
-from torchdiffeq_symplectic.experiments.check.methods import Host, Method
+from torchdiffeq_symplectic.experiments.check.methods import Host, HostMethod
 from torchdiffeq_symplectic.experiments.check.problem import Ivp, loss_of
 from torchdiffeq_symplectic.experiments.environment import ERRORS
 
@@ -109,7 +109,7 @@ class _Truth(NamedTuple):
     gradients: Mapping[str, Tensor]
 
 
-def _row(host: Host, method: Method, variant: Variant, dtype: torch.dtype, truth: Callable[[], _Truth]) -> Finding:
+def _row(host: Host, method: HostMethod, variant: Variant, dtype: torch.dtype, truth: Callable[[], _Truth]) -> Finding:
     def row(outcome: Outcome, errors: Mapping[str, float], reason: str | None = None) -> Finding:
         return Finding(host.name, method.name, variant.name, variant.mode, outcome, errors, reason)
 
@@ -132,7 +132,7 @@ def _row(host: Host, method: Method, variant: Variant, dtype: torch.dtype, truth
     return row("inexact", errors, f"gradients that are off, relatively: {figures}")
 
 
-def _truth(method: Method, dtype: torch.dtype) -> _Truth:
+def _truth(method: HostMethod, dtype: torch.dtype) -> _Truth:
     problem = Ivp.make(dtype, method.halves)
     try:
         solution = _attempt(lambda: method.solve(*problem, None, {}))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from torchdiffeq_symplectic.experiments.environment import first_step_held
 
-__all__ = ["HOSTS", "Host", "Method"]
+__all__ = ["HOSTS", "Host", "HostMethod"]
 
 # Called as (field, y0, t, mode, options of the mode); mode None is the host's own solve, which autograd follows.
 # The third of the output times lies on the end of a step.
@@ -27,7 +27,7 @@ TOLERANCES = {"rtol": 1e-2, "atol": 1e-3}
 TORCHDYN_TOLERANCES = {"rtol": 1e-4, "atol": 1e-6}
 
 
-class Method(NamedTuple):
+class HostMethod(NamedTuple):
     """A method of a host.
 
     Attributes:
@@ -50,7 +50,7 @@ class Host(NamedTuple):
     """
 
     name: str
-    methods: Callable[[], Sequence[Method]]
+    methods: Callable[[], Sequence[HostMethod]]
 
     @property
     def installed(self) -> bool:
@@ -58,11 +58,11 @@ class Host(NamedTuple):
         return importlib.util.find_spec(self.name) is not None
 
 
-def torchdiffeq_methods() -> list[Method]:
+def torchdiffeq_methods() -> list[HostMethod]:
     """Every method in torchdiffeq's table as it is now, aliases included."""
     from torchdiffeq._impl.odeint import SOLVERS
 
-    return [Method(name, functools.partial(_by_torchdiffeq, name, SOLVERS[name])) for name in SOLVERS]
+    return [HostMethod(name, functools.partial(_by_torchdiffeq, name, SOLVERS[name])) for name in SOLVERS]
 
 
 def _by_torchdiffeq(
@@ -97,7 +97,7 @@ def _steps(solver: type, t: Tensor) -> dict[str, Any]:
     return {}
 
 
-def torchdyn_methods() -> list[Method]:
+def torchdyn_methods() -> list[HostMethod]:
     """One of each of torchdyn's solver classes, by its first name; adaptive ones once more with an interpolator."""
     from torchdyn.core import MultipleShootingProblem, ODEProblem
     from torchdyn.numerics.solvers import hyper
@@ -117,16 +117,16 @@ def torchdyn_methods() -> list[Method]:
 
     found = []
     for name, solver in _by_first_name(SOLVER_DICT).items():
-        found.append(Method(name, sequential(name), halves=solver.__name__ == "AsynchronousLeapfrog"))
+        found.append(HostMethod(name, sequential(name), halves=solver.__name__ == "AsynchronousLeapfrog"))
         if solver().stepping_class == "adaptive" and solver.__name__ != "Tsitouras45":  # which has no interpolant
-            found.append(Method(f'{name} with "4th"', sequential(name, interpolator="4th")))
+            found.append(HostMethod(f'{name} with "4th"', sequential(name, interpolator="4th")))
     for name, solver in inspect.getmembers(hyper, inspect.isclass):
         if solver.__module__ == hyper.__name__:
-            found.append(Method(name, sequential(solver)))
+            found.append(HostMethod(name, sequential(solver)))
     # One of these names is also in the other table, for another class.
     for name in _by_first_name({name: solver for name, solver in MS_SOLVER_DICT.items() if name not in SOLVER_DICT}):
         parallel = functools.partial(_shooting, MultipleShootingProblem, name)
-        found.append(Method(name, _by_torchdyn(parallel)))
+        found.append(HostMethod(name, _by_torchdyn(parallel)))
     return found
 
 

@@ -15,7 +15,7 @@ _BATCH = 2
 _TIMES = (0.25, 0.4, 0.75, 1.1, 1.25)
 
 
-class _Field(nn.Module):
+class _CheckField(nn.Module):
     """``f(t, y) = tanh(W y + b sin(w t)) - t y² / 5`` on the last dimension of ``y``."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -49,7 +49,7 @@ class Ivp(NamedTuple):
         generator = torch.Generator().manual_seed(9750)
         y0 = _uniform(generator, dtype, _BATCH, 2 * _WIDTH if halves else _WIDTH).requires_grad_()
         t = torch.tensor(_TIMES, dtype=dtype, device="cpu", requires_grad=True)
-        return cls(_Field(dtype), y0, t)
+        return cls(_CheckField(dtype), y0, t)
 
     @property
     def wanted(self) -> dict[str, Tensor]:
