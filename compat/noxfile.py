@@ -3,7 +3,7 @@
 Run ``nox -f compat/noxfile.py``; arguments after ``--`` are pytest's, in place of ``-n auto``. One session alone is
 ``-s "matrix(lowest)"``. Each of the three environments has a PyTorch of its own, of some 6 GB; ``-r`` uses those that
 are there. The results are kept with the environments (in ``compat/.nox``, or where ``--envdir`` says), and the session
-``table`` makes ``compat/matrix.csv`` and the table in README.md of them.
+``table`` makes ``compat/matrix.csv`` and the table in ``compat/README.md`` of them.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def clients(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def table(session: nox.Session) -> None:
-    """All results as CSV and in README.md; fails if one is missing or is a failure."""
+    """All results as CSV and in compat/README.md; fails if one is missing or is a failure."""
     rows = results.collect(_results(session), results.planned(PROJECT))
-    results.write(rows, ROOT / "compat" / "matrix.csv", ROOT / "README.md")
+    results.write(rows, ROOT / "compat" / "matrix.csv", ROOT / "compat" / "README.md")
     bad = dict.fromkeys(row.versions.folder for row in rows if not row.good)
     if bad:
         session.error(f"failed or not run: {', '.join(bad)}")

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from torchdiffeq_symplectic.benchmark.compare import BudgetError, Counter
-from torchdiffeq_symplectic.benchmark.contender import Contender
-from torchdiffeq_symplectic.benchmark.contenders import installed
-from torchdiffeq_symplectic.benchmark.problem import Problem
-from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
-from torchdiffeq_symplectic.benchmark.series import Case, Series
+pytest.importorskip("pandas", reason='needs the extra "cli"')
+
+from torchdiffeq_symplectic.experiments.benchmark import Contender, Problem, installed
+from torchdiffeq_symplectic.experiments.benchmark.compare import BudgetError, Counter
+from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Series
+from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
+from torchdiffeq_symplectic.experiments.environment import ERRORS
 
 CASES = [(series, case) for series in PROBLEMS.values() for case in series.cases]
 CONTENDERS = installed()
@@ -58,7 +59,7 @@ def test_gradient(benchmark: Any, series: Series, case: Case, contender: Contend
         problem.gradient(Counter(series.budget).around(contender.solve))
     except BudgetError:
         pytest.skip(f"stopped after {series.budget} evaluations")
-    except Exception as error:
+    except ERRORS as error:
         if not contender.may_fail:
             raise
         pytest.skip(f"{type(error).__name__}: {error}")

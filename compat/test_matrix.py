@@ -10,7 +10,9 @@ import matrix
 import pytest
 from matrix import COLUMNS, Row, Versions
 
-from torchdiffeq_symplectic.verify import variants
+pytest.importorskip("pandas", reason='needs the extra "cli"')
+
+from torchdiffeq_symplectic.experiments.check import variants
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf8")

@@ -13,7 +13,7 @@ import torchdiffeq
 from old_harness import SOLVERS, Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor
 
-from torchdiffeq_symplectic.benchmark import live_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes
 
 EXACT = 1e-11
 BOTH = pytest.mark.parametrize("solver", ["rk4", "dopri5"])

@@ -1,288 +1,141 @@
-"""The command ``benchmark`` keeps what it has measured, goes on after an interruption, and writes what it says."""
+"""``benchmark`` keeps what it measures, goes on from there, and what it writes is what it measured."""
 
 from __future__ import annotations
 
-import csv
-import importlib.util
+import dataclasses
 import json
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from harness import Net, initial, loss_of, times
 
-from torchdiffeq_symplectic.__main__ import main
-from torchdiffeq_symplectic.benchmark import command, markdown, torchdiffeqs
-from torchdiffeq_symplectic.benchmark import run as running
-from torchdiffeq_symplectic.benchmark.compare import Row
-from torchdiffeq_symplectic.benchmark.problem import Problem
-from torchdiffeq_symplectic.benchmark.results import Measured, OtherRunError, Results, Settings
-from torchdiffeq_symplectic.benchmark.series import Axis, Case, Series
+pytest.importorskip("seaborn", reason='needs the extra "cli"')
+import pandas as pd
+from matplotlib.figure import Figure
 
-pytestmark = pytest.mark.skipif(
-    any(importlib.util.find_spec(module) is None for module in ("matplotlib", "rich", "sklearn")),
-    reason='needs the extra "benchmark"',
-)
+from torchdiffeq_symplectic.experiments.benchmark import Problem, installed, report, run
+from torchdiffeq_symplectic.experiments.benchmark.problem import Axis, Case, Series
+from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
+from torchdiffeq_symplectic.experiments.benchmark.results import OtherRunError, Results, Settings
+from torchdiffeq_symplectic.experiments.figures import FLOOR, STYLES
 
-
-class Decay(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(0.5))
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        return -self.rate * y
+KEPT = Path(__file__).parent.parent / "compat" / "benchmark"
+CHOSEN = [one for one in installed() if one.name in ("backpropagation", "adjoint", "symplectic", "memory_free")]
+SETTINGS = Settings.here(torch.device("cpu"), repeats=1, seed=0)
 
 
-def build(steps: int, seed: int) -> Problem:
-    y0 = torch.full((3,), 1.0 + seed)
-    return Problem(Decay(), y0, torch.tensor([0.0, 1.0]), loss, "rk4", options={"step_size": 1 / steps})
-
-
-def loss(solution: Any) -> Tensor:
-    result: Tensor = solution[-1].sum()
-    return result
-
-
-def case(steps: int) -> Case:
-    return Case(f"{steps} steps", partial(build, steps), steps)
-
-
-SERIES = {
-    "decay": Series("decay", "What do steps cost?", (case(2), case(4)), Axis("steps"), ("relative_time", "peak_bytes")),
-    "single": Series("single", "What is gained?", (Case("one", partial(build, 3)),)),
-}
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two small series, and torchdiffeq's contenders alone."""
-    monkeypatch.setattr(command, "PROBLEMS", SERIES)
-    monkeypatch.setattr(markdown, "PROBLEMS", SERIES)
-    monkeypatch.setattr(command, "installed", torchdiffeqs.installed)
+def build(seed: int) -> Problem:
+    return Problem(Net(), initial().detach(), times(0.0, 1.0), loss_of, "dopri5", 1e-3, 1e-3, {"first_step": 0.1})
 
 
 @pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Labels of the problems that have been measured, by a stand-in that takes no time."""
-    seen: list[str] = []
-    monkeypatch.setattr(running, "compare", stand_in(seen))
-    return seen
-
-
-def stand_in(seen: list[str]) -> Callable[..., list[Row]]:
-    """For ``compare``; writes labels of problems to ``seen``."""
-
-    def compare(
-        problem: Problem, contenders: Any, repeats: int, budget: int, tell: Callable[[str], object]
-    ) -> list[Row]:
-        seen.append(f"{round(1 / problem.options['step_size'])} steps")
-        tell("measuring")
-        return [row(contender.name) for contender in contenders]
-
-    return compare
-
-
-def row(name: str, **changes: Any) -> Row:
-    return Row(name, **{**dict.fromkeys(Row.columns()[1:-1], 1), "note": "", **changes})
-
-
-def call(*arguments: str, out: Path) -> int:
-    return main(["benchmark", *arguments, "--device", "cpu", "--out", str(out)])
-
-
-def status(run: Callable[[], object]) -> object:
-    with pytest.raises(SystemExit) as exit_:
-        run()
-    return exit_.value.code
-
-
-def test_files_have_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("decay", "--modes", "symplectic", "adjoint", "--repeats", "1", out=tmp_path / "new") == 0
-    out = tmp_path / "new"
-    assert sorted(path.name for path in out.iterdir()) == ["benchmark.json", "benchmark.md", "decay.csv", "decay.png"]
-    with (out / "decay.csv").open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert [(one["case"], one["contender"]) for one in rows] == [
-        (f"{steps} steps", name) for steps in (2, 4) for name in ("backpropagation", "adjoint", "symplectic")
+def series(monkeypatch: pytest.MonkeyPatch) -> list[Series]:
+    """A series of two cases with an axis, and one of a single case."""
+    found = [
+        Series("small", "Small?", (Case("one", build),)),
+        Series("steps", "Steps?", (Case("first", build, 1.0), Case("second", build, 2.0)), Axis("steps N")),
     ]
-    assert [int(one["forward_evaluations"]) for one in rows] == [8] * 3 + [16] * 3
-    assert [int(one["steps"]) for one in rows] == [2] * 3 + [4] * 3
-    assert float(rows[0]["relative_time"]) == 1.0
-    assert float(rows[2]["gradient_error"]) < 1e-6
-    content = json.loads((out / "benchmark.json").read_text(encoding="utf-8"))
-    assert content["settings"]["repeats"] == 1
-    assert content["settings"]["versions"]["torch"] == torch.__version__
-    assert (out / "decay.png").read_bytes().startswith(b"\x89PNG")
-    terminal = capsys.readouterr().out
-    assert "decay: 4 steps" in terminal
-    assert "symplectic" in terminal
+    for one in found:
+        monkeypatch.setitem(PROBLEMS, one.name, one)
+    return found
 
 
-def test_a_contender_that_is_left_out_of_a_case_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    left_out = Case("one", partial(build, 3), without={"adjoint": "takes too long"})
-    monkeypatch.setitem(SERIES, "single", Series("single", "What is gained?", (left_out,)))
-    assert call("single", "--modes", "adjoint", "--repeats", "1", out=tmp_path) == 0
-    (found,) = Results.load(tmp_path / "benchmark.json").of("single")
-    assert [(one.contender, one.note) for one in found.rows] == [("backpropagation", ""), ("adjoint", "takes too long")]
+def test_all_is_written(series: list[Series], tmp_path: Path) -> None:
+    assert run.run(series, CHOSEN, SETTINGS, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "benchmark.json",
+        "benchmark.md",
+        *(f"{name}.{ending}" for name in ("small", "steps") for ending in ("csv", "png")),
+    }
+    frame = pd.read_csv(tmp_path / "steps.csv")
+    assert list(frame["case"].unique()) == ["first", "second"]
+    assert list(frame["contender"].unique()) == [one.name for one in CHOSEN]
+    text = (tmp_path / "benchmark.md").read_text(encoding="utf8")
+    assert "nan" not in text
+    assert "- memory_free: only for euler and heun2" in text
 
 
-def test_series_without_an_axis_is_drawn(tmp_path: Path, measured: list[str]) -> None:
-    assert call("single", out=tmp_path) == 0
-    assert (tmp_path / "single.png").read_bytes().startswith(b"\x89PNG")
+def test_it_goes_on_where_it_stopped(series: list[Series], tmp_path: Path) -> None:
+    stopping = dataclasses.replace(series[1].cases[1], build=interrupt)
+    stopped = [series[0], dataclasses.replace(series[1], cases=(series[1].cases[0], stopping))]
+    assert not run.run(stopped, CHOSEN, SETTINGS, tmp_path)
+    before = Results.load(tmp_path / run.FILE)
+    assert list(before.frame["case"].unique()) == ["one", "first"]
+    assert run.run(series, CHOSEN, SETTINGS, tmp_path)
+    after = Results.load(tmp_path / run.FILE)
+    assert list(after.frame["case"].unique()) == ["one", "first", "second"]
+    assert after.of("small", "one").equals(before.of("small", "one"))
 
 
-def test_all_problems_by_default(tmp_path: Path, measured: list[str]) -> None:
-    assert call(out=tmp_path) == 0
-    assert measured == ["2 steps", "4 steps", "3 steps"]
+def interrupt(seed: int) -> Problem:
+    raise KeyboardInterrupt
 
 
-def test_what_is_there_is_not_measured_again(tmp_path: Path, measured: list[str]) -> None:
-    call("decay", out=tmp_path)
-    call(out=tmp_path)
-    assert measured == ["2 steps", "4 steps", "3 steps"]
-    call("decay", "--fresh", out=tmp_path)
-    assert measured[3:] == ["2 steps", "4 steps"]
+def test_figures_of_other_settings_are_not_mixed(series: list[Series], tmp_path: Path) -> None:
+    run.run(series[:1], CHOSEN, SETTINGS, tmp_path)
+    other = dataclasses.replace(SETTINGS, seed=1)
+    with pytest.raises(OtherRunError, match="seed was 0, is 1"):
+        run.run(series[:1], CHOSEN, other, tmp_path)
+    assert run.run(series[:1], CHOSEN, other, tmp_path, fresh=True)
+    (tmp_path / run.FILE).write_text("{}", encoding="utf8")
+    with pytest.raises(OtherRunError, match="does not hold results"):
+        run.run(series[:1], CHOSEN, SETTINGS, tmp_path)
 
 
-def test_fresh_replaces_the_problems_that_it_measures_alone(tmp_path: Path, measured: list[str]) -> None:
-    call(out=tmp_path)
-    call("decay", "--fresh", out=tmp_path)
-    assert set(Results.load(tmp_path / "benchmark.json").problems) == {"decay", "single"}
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    results = Results.load(KEPT / "benchmark.json")
+    results.save(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads((KEPT / "benchmark.json").read_text())
 
 
-def test_more_contenders_are_measured_with_all_others(tmp_path: Path, measured: list[str]) -> None:
-    call("single", "--modes", "aca", out=tmp_path)
-    call("single", "--modes", "symplectic, stages", out=tmp_path)
-    assert measured == ["3 steps", "3 steps"]
-    (found,) = Results.load(tmp_path / "benchmark.json").of("single")
-    assert [one.contender for one in found.rows] == ["backpropagation", "symplectic, stages"]
+def test_the_kept_tables_are_those_of_the_run_beside_them(tmp_path: Path) -> None:
+    results = Results.load(KEPT / "benchmark.json")
+    assert report.report(results) == (KEPT / "benchmark.md").read_text(encoding="utf8")
+    text = (KEPT / "README.md").read_text(encoding="utf8")
+    (tmp_path / "README.md").write_text(text, encoding="utf8")
+    report.update(tmp_path / "README.md", results)
+    assert (tmp_path / "README.md").read_text(encoding="utf8") == text
+    for name in results.problems:
+        results.of(name).drop(columns="problem").to_csv(tmp_path / "file.csv", index=False)
+        assert (KEPT / f"{name}.csv").read_bytes() == (tmp_path / "file.csv").read_bytes()
+        assert (KEPT / f"{name}.png").exists()
+    assert [name for name in PROBLEMS if f"`{name}`" not in text] == []
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    compare = stand_in(measured)
-
-    def interrupted(problem: Problem, *arguments: Any) -> Any:
-        if problem.options["step_size"] == 1 / 4:
-            raise KeyboardInterrupt
-        return compare(problem, *arguments)
-
-    monkeypatch.setattr(running, "compare", interrupted)
-    assert call(out=tmp_path) == 130
-    assert "goes on from here" in capsys.readouterr().out
-    assert (tmp_path / "decay.csv").read_text(encoding="utf-8").count("2 steps") == len(torchdiffeqs.installed())
-    monkeypatch.setattr(running, "compare", compare)
-    assert call(out=tmp_path) == 0
-    assert measured == ["2 steps", "4 steps", "3 steps"]
+def test_the_figure_of_the_front_page_is_the_runs() -> None:
+    front = (KEPT.parent.parent / "README.md").read_text(encoding="utf8")
+    rows = Results.load(KEPT / "benchmark.json").of("steps", "100 steps").set_index("contender")
+    memory = rows.loc["backpropagation", "peak_bytes"] / rows.loc["symplectic", "peak_bytes"]
+    time = rows.loc["symplectic", "relative_time"]
+    assert f"**1/{memory:.0f} of backpropagation's memory at {time:.2f} times its time**" in front
 
 
-def test_an_error_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, measured: list[str]) -> None:
-    compare = stand_in(measured)
-
-    def failing(problem: Problem, *arguments: Any) -> Any:
-        if problem.options["step_size"] == 1 / 4:
-            raise ArithmeticError
-        return compare(problem, *arguments)
-
-    monkeypatch.setattr(running, "compare", failing)
-    with pytest.raises(ArithmeticError):
-        call(out=tmp_path)
-    assert [one.case for one in Results.load(tmp_path / "benchmark.json").of("decay")] == ["2 steps"]
+def test_every_contender_has_a_look_of_its_own() -> None:
+    names = [one.name.removeprefix("torchdyn, ") for one in installed()]
+    assert [name for name in names if name not in STYLES] == []
+    here = [look for name, look in STYLES.items() if name not in ("autograd", "interpolated_adjoint")]
+    assert len(set(map(str, here))) == len(here)
 
 
-def test_figures_of_another_run_are_not_mixed(
-    tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    call("single", out=tmp_path)
-    before = (tmp_path / "benchmark.json").read_text(encoding="utf-8")
-    assert status(lambda: call("single", "--repeats", "3", out=tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert "argument --out" in error
-    assert "repeats was 5, is 3" in error
-    assert "--fresh" in error
-    assert (tmp_path / "benchmark.json").read_text(encoding="utf-8") == before
-
-
-def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "benchmark.json").write_text("{}", encoding="utf-8")
-    assert status(lambda: call("single", out=tmp_path)) == 2
-    assert "does not hold results of this version" in capsys.readouterr().err
-    assert (tmp_path / "benchmark.json").read_text(encoding="utf-8") == "{}"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["cnff"], ["argument PROBLEM", "'cnff'", "decay"]),
-        (["--modes", "symplektic"], ["argument --modes", "'symplektic'", '"symplectic, stages"']),
-        (["--repeats", "0"], ["argument --repeats", "'0'"]),
-    ],
-)
-def test_a_bad_value_names_its_argument(
-    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert status(lambda: call(*arguments, out=tmp_path)) == 2
-    error = capsys.readouterr().err
-    assert all(word in error for word in words), error
-
-
-def test_readme_gets_the_results_between_its_marks(tmp_path: Path, measured: list[str]) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- benchmark -->\nold\n<!-- /benchmark -->\nafter\n", encoding="utf-8")
-    assert call("single", "--readme", str(readme), out=tmp_path / "out") == 0
-    text = readme.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- benchmark -->\n")
-    assert text.endswith("\n<!-- /benchmark -->\nafter\n")
-    assert "old" not in text
-    assert "medians over 5 rounds" in text
-
-
-def test_readme_without_marks_is_named_and_kept(
-    tmp_path: Path, measured: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text("nothing", encoding="utf-8")
-    assert status(lambda: call("single", "--readme", str(readme), out=tmp_path / "out")) == 2
-    assert "argument --readme" in capsys.readouterr().err
-    assert readme.read_text(encoding="utf-8") == "nothing"
-    assert (tmp_path / "out" / "single.csv").exists()
-
-
-def test_results_come_back_as_they_were(tmp_path: Path) -> None:
-    settings = Settings.here(torch.device("cpu"), 3, 7)
-    case = Measured("decay", "2 steps", 2.0, "", (row("backpropagation"), Row("adjoint", note="stopped")))
-    results = Results(settings, [case])
-    results.save(tmp_path / "file.json")
-    again = Results.resume(tmp_path / "file.json", settings)
-    assert again.of("decay") == [case]
-    assert again.has("decay", "2 steps", ["adjoint"])
-    assert not again.has("decay", "2 steps", ["adjoint", "aca"])
-    with pytest.raises(OtherRunError, match="seed was 7, is 8"):
-        Results.resume(tmp_path / "file.json", Settings.here(torch.device("cpu"), 3, 8))
-
-
-def test_section_says_what_was_gained_and_where_others_are_better() -> None:
-    outputs = Measured(
-        "outputs",
-        "20 outputs",
-        20,
-        "",
-        (
-            row("backpropagation", seconds=2.0, relative_time=1.0, peak_bytes=1000),
-            row("adjoint", seconds=30.0, relative_time=15.0, peak_bytes=50),
-            row("symplectic", seconds=3.0, relative_time=1.5, peak_bytes=100, gradient_error=2e-7),
-            Row("zuko", note="stopped"),
-        ),
-    )
-    text = markdown.section(Results(Settings.here(torch.device("cpu"), 5, 0), [outputs]))
-    assert "| `symplectic` | 1.50 / 0.1 |" in text
-    assert "| `symplectic` | 2e-07 |" in text
-    assert "| zuko" not in text
-    assert "`outputs`, 20: `symplectic` takes 1/10.0 of the upstream adjoint's time." in text
-    assert "Faster than every mode of this package: `outputs`, 20: backpropagation." in text
-    assert "Smaller than every mode of this package: `outputs`, 20: adjoint." in text
+@pytest.mark.parametrize("name", ["tolerance", "small"])
+def test_a_picture_shows_every_figure(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **settings: figures.append(figure))
+    frame = Results.load(KEPT / "benchmark.json").of(name)
+    report.draw(PROBLEMS[name], frame, tmp_path / "picture.png")
+    (figure,) = figures
+    drawn = frame[frame["gradient_error"].notna()]
+    points: int = 0
+    for axes in figure.axes:
+        if "error" in axes.get_ylabel() + axes.get_xlabel():
+            points += sum(np.size(line.get_xdata()) for line in axes.lines)
+            points += sum(len(np.asarray(dots.get_offsets())) for dots in axes.collections)
+    assert points == len(drawn)
+    if name == "tolerance":
+        (legend,) = figure.legends
+        assert {text.get_text() for text in legend.get_texts()} == set(drawn["contender"])
+        lowest: Any = min(np.min(np.asarray(line.get_ydata())) for line in figure.axes[1].lines)
+        assert lowest == FLOOR

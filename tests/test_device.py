@@ -11,7 +11,7 @@ import torchdiffeq
 from old_harness import MODES, Net, each_mode, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -25,7 +25,7 @@ from residual_blocks import (
 )
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark.memory import peak_bytes
+from torchdiffeq_symplectic.experiments.memory import peak_bytes
 from torchdiffeq_symplectic.resnet import EquivalenceReport, ResidualField, equivalence_report
 from torchdiffeq_symplectic.resnet.gradients import Agreement, network_gradient, network_states
 from torchdiffeq_symplectic.resnet.verdict import DISCRETISES, NOT_AN_ODE, TOO_SHALLOW, Evidence, judge
@@ -92,7 +92,7 @@ def test_gradient_of_the_network_is_backpropagation_through_it(name: str) -> Non
     exact = torch.autograd.grad(hidden_states(blocks, x, **keywords)[-1].sin().sum(), (x, *parameters_of(blocks)))
     field = ResidualField(blocks, **keywords)
     states = network_states(field, x.detach())
-    found = network_gradient(field, states, lambda y: y.sin().sum(), lambda: None)
+    found = network_gradient(field, states, lambda y: y.sin().sum())
     assert relative(found, exact) < 1e-13
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.benchmark.memory import live_bytes, peak_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 
 KIB = 1024  # bytes; a multiple of CUDA's 512-byte blocks, so that the same numbers hold there
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
 from torchdiffeq_symplectic import MODES, ReplayError, ReplayWarning, odeint_adjoint
-from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 
 STAGES = {"euler": 1, "heun2": 2}
 each_method = pytest.mark.parametrize("method", ["euler", HEUN])

@@ -13,7 +13,8 @@ import torchdiffeq
 from torch import Tensor, nn
 
 import torchdiffeq_symplectic  # noqa: F401  registers the gradient modes
-from torchdiffeq_symplectic.benchmark.pde import (
+from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, flatten, gradient
+from torchdiffeq_symplectic.experiments.benchmark.problems.pde import (
     CAHN_HILLIARD,
     KDV,
     EnergyField,
@@ -22,7 +23,6 @@ from torchdiffeq_symplectic.benchmark.pde import (
     learning_problem,
     trajectories,
 )
-from torchdiffeq_symplectic.benchmark.problem import Problem, flatten, gradient
 
 EQUATIONS = pytest.mark.parametrize("equation", [KDV, CAHN_HILLIARD], ids=lambda equation: equation.name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -1,32 +1,48 @@
-"""README and CHANGELOG against the facts: examples run, tables and numbers are those of the package."""
+"""The READMEs and CHANGELOG against the facts: examples run as users run them, tables and numbers are the package's."""
 
+from __future__ import annotations
+
+import importlib.util
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import matrix
 import pytest
-import torch
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES
-from torchdiffeq_symplectic.benchmark.markdown import report, update
-from torchdiffeq_symplectic.benchmark.problems import PROBLEMS
-from torchdiffeq_symplectic.benchmark.results import Results
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "torchdiffeq_symplectic"
 README = (ROOT / "README.md").read_text(encoding="utf8")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
-PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf8")
+PROJECT = pytest.importorskip("tomllib", reason="needs Python 3.11").loads(
+    (ROOT / "pyproject.toml").read_text(encoding="utf8")
+)["project"]
+DOCUMENTS = [ROOT / "README.md", PACKAGE / "hosts" / "README.md", PACKAGE / "resnet" / "README.md"]
+SOURCE = PROJECT["urls"]["Source"]
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL))
-def test_python_examples_run(code: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if "torchdyn.core" in code or "torchdyn.numerics" in code:
-        pytest.importorskip("torchdyn")
-    torch.manual_seed(0)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
-    claimed = re.findall(r"print\(.*\)\s+# (.*)", code)
-    assert capsys.readouterr().out.splitlines() == claimed
+def snippets() -> list[tuple[str, str]]:
+    found = []
+    for path in DOCUMENTS:
+        for number, code in enumerate(
+            re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf8"), flags=re.DOTALL)
+        ):
+            if not code.startswith("# doctest: skip"):
+                found.append((f"{path.relative_to(ROOT)}, {number}", code))
+    return found
+
+
+@pytest.mark.parametrize(("name", "code"), snippets(), ids=[name for name, _ in snippets()])
+def test_python_examples_run_in_a_process_of_their_own(name: str, code: str) -> None:
+    if "torchdyn" in re.sub("torchdyn-|torchdyn_", "", code) and importlib.util.find_spec("torchdyn") is None:
+        pytest.skip("needs torchdyn")
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == re.findall(r"print\(.*\)\s+# (.*)", code)
 
 
 def test_every_mode_has_its_row() -> None:
@@ -35,53 +51,56 @@ def test_every_mode_has_its_row() -> None:
 
 
 def test_bounds_are_those_of_the_project_file() -> None:
-    (dependencies,) = re.findall(r"^dependencies = \[(.*)\]", PYPROJECT, flags=re.MULTILINE)
-    for requirement in re.findall(r'"(.*?)"', dependencies):
-        assert requirement in README
-    (python,) = re.findall(r'requires-python = ">=(.*)"', PYPROJECT)
-    assert f"Python {python} or later" in README
+    assert all(requirement in README for requirement in PROJECT["dependencies"])
+    assert f"Python {PROJECT['requires-python'].removeprefix('>=')} or later" in README
+
+
+def test_every_extra_of_users_is_told() -> None:
+    told = re.findall(r"^\| `(\w+)` \| [^|]* \| [\d.]+ GB", README, flags=re.MULTILINE)
+    assert set(told) == set(PROJECT["optional-dependencies"]) - {"clients", "dev", "docs"}
+
+
+def test_the_first_screen_is_short() -> None:
+    assert len(README.split()) < 1200
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_to_the_repository_lead_to_a_file(path: Path) -> None:
+    raw = SOURCE.replace("github.com", "raw.githubusercontent.com")
+    text = path.read_text(encoding="utf8")
+    links = re.findall(rf"(?:{re.escape(SOURCE)}/(?:blob|tree)|{re.escape(raw)})/main/([^)\s]*)", text)
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_pictures_and_links_of_the_front_page_are_absolute() -> None:
+    assert [link for link in re.findall(r"\]\(([^)]*)\)", README) if not link.startswith("https://")] == []
 
 
 def test_newest_entry_of_the_changelog_is_this_version() -> None:
     newest = re.findall(r"^## \[(.*?)\]", CHANGELOG, flags=re.MULTILINE)[0]
     assert newest == torchdiffeq_symplectic.__version__
+    assert f"\nversion: {newest}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf8")
 
 
 def test_the_architecture_section_names_every_file() -> None:
-    (section,) = re.findall(r"## Architecture\n(.*?)\n## ", README, flags=re.DOTALL)
-    package = ROOT / "torchdiffeq_symplectic"
-    names = [path.name for path in package.iterdir() if path.suffix == ".py" or path.is_dir()]
-    assert [name for name in names if name not in section and name != "__pycache__"] == []
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf8")
+    names = [path.name for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()]
+    assert [name for name in names if name not in text and name != "__pycache__"] == []
 
 
 def test_the_table_of_versions_is_that_of_the_last_run() -> None:
     rows = matrix.read_csv(ROOT / "compat" / "matrix.csv")
-    assert matrix.replaced(README, matrix.table(rows)) == README
+    text = (ROOT / "compat" / "README.md").read_text(encoding="utf8")
+    assert matrix.replaced(text, matrix.table(rows)) == text
 
 
-def test_the_results_are_those_of_the_run_that_is_kept_beside_them(tmp_path: Path) -> None:
-    results = Results.load(ROOT / "compat" / "benchmark" / "benchmark.json")
-    readme = tmp_path / "README.md"
-    readme.write_text(README, encoding="utf-8")
-    update(readme, results)
-    assert readme.read_text(encoding="utf-8") == README
-    assert report(results) == (ROOT / "compat" / "benchmark" / "benchmark.md").read_text(encoding="utf-8")
+def test_only_the_command_line_imports_the_experiments() -> None:
+    inner = [path for path in PACKAGE.rglob("*.py") if "experiments" not in path.parts and path.name != "cli.py"]
+    assert [str(path) for path in inner if "symplectic.experiments" in path.read_text(encoding="utf8")] == []
 
 
-def test_the_csv_files_are_of_the_same_run(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason='needs the extra "benchmark"')
-    pytest.importorskip("rich", reason='needs the extra "benchmark"')
-    from torchdiffeq_symplectic.benchmark.report import write_cases
-
-    results = Results.load(ROOT / "compat" / "benchmark" / "benchmark.json")
-    assert results.problems
-    for name in results.problems:
-        write_cases(results.of(name), tmp_path / "file.csv")
-        kept = ROOT / "compat" / "benchmark" / f"{name}.csv"
-        assert kept.read_bytes() == (tmp_path / "file.csv").read_bytes()
-        assert kept.with_suffix(".png").exists()
-
-
-def test_every_problem_is_told() -> None:
-    (section,) = re.findall(r"## What is gained, and what it costs\n(.*?)\n## ", README, flags=re.DOTALL)
-    assert [name for name in PROBLEMS if f"`{name}`" not in section] == []
+def test_the_experiments_import_the_public_api_alone() -> None:
+    allowed = re.compile(r"torchdiffeq_symplectic( import|\.(experiments[\w.]*|resnet) import|$)")
+    for path in (PACKAGE / "experiments").rglob("*.py"):
+        imports = re.findall(r"^\s*(?:from|import) (torchdiffeq_symplectic.*)$", path.read_text(encoding="utf8"), re.M)
+        assert [line for line in imports if not allowed.match(line)] == [], path

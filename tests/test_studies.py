@@ -3,15 +3,23 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
+from torchdiffeq_symplectic.experiments.blocks import smooth, tanh_blocks
+from torchdiffeq_symplectic.experiments.studies import depth, digits, linear, memory_free, tied, training
+from torchdiffeq_symplectic.experiments.studies.common import METHODS, slope
 from torchdiffeq_symplectic.resnet import ResidualField
-from torchdiffeq_symplectic.resnet.studies import depth, linear, memory_free, tied
-from torchdiffeq_symplectic.resnet.studies.common import slope, smooth, tanh_blocks
+
+
+def rows_of(frame: pd.DataFrame) -> list[Any]:
+    return list(frame.itertuples(index=False, name="Row"))
+
 
 needs_heun = pytest.mark.skipif("heun2" not in SOLVERS, reason="this torchdiffeq has no heun2")
 
@@ -38,19 +46,24 @@ def test_smooth_weights_are_one_function_for_all_depths() -> None:
     assert steps[1] == pytest.approx(steps[0], rel=0.05)
 
 
+def distance_rows(depths: Sequence[int] = depth.DEPTHS) -> list[Any]:
+    names = {depth.KIND: "family", depth.LARGEST: "largest", depth.FINAL: "final"}
+    return rows_of(depth.run(depths)["depth"].rename(columns=names))
+
+
 @pytest.fixture(scope="module")
-def distances() -> list[depth.Distance]:
-    return depth.run((16, 64, 256))
+def distances() -> list[Any]:
+    return distance_rows((16, 64, 256))
 
 
 @pytest.mark.parametrize("name", [SMOOTH, AVERAGED])
 @pytest.mark.parametrize("measure", ["largest", "final"])
-def test_distance_falls_as_one_over_depth(distances: list[depth.Distance], name: str, measure: str) -> None:
+def test_distance_falls_as_one_over_depth(distances: list[Any], name: str, measure: str) -> None:
     of = [row for row in distances if row.family == name]
     assert slope([row.depth for row in of], [getattr(row, measure) for row in of]) == pytest.approx(-1, abs=0.1)
 
 
-def test_distance_at_scale_of_a_root_stays_that_of_ito_and_stratonovich(distances: list[depth.Distance]) -> None:
+def test_distance_at_scale_of_a_root_stays_that_of_ito_and_stratonovich(distances: list[Any]) -> None:
     of = [row for row in distances if row.family == ROUGH]
     assert [row.depth for row in of] == [16, 64, 256]
     assert all(0.8 < row.final <= row.largest < 1.4 for row in of)
@@ -79,7 +92,7 @@ def test_distances_are_those_of_the_closed_forms(count: int) -> None:
 
 @pytest.mark.slow
 def test_the_distances_as_run_from_the_command_line() -> None:
-    rows = depth.run()
+    rows = distance_rows()
     for name in depth.FAMILIES:
         of = [row for row in rows if row.family == name]
         expected = 0 if name == ROUGH else -1
@@ -99,25 +112,25 @@ def plain_network(blocks: Sequence[nn.Module], x: Tensor, method: str) -> Tensor
 
 
 @pytest.fixture(scope="module")
-def errors() -> list[memory_free.GradientError]:
-    return memory_free.run((16, 32, 64))
+def errors() -> list[Any]:
+    return rows_of(memory_free.run((16, 32, 64))["memory-free"])
 
 
-@pytest.mark.parametrize("measure", ["x", "parameters", "largest"])
-def test_error_of_euler_falls_as_one_over_depth(errors: list[memory_free.GradientError], measure: str) -> None:
+@pytest.mark.parametrize("measure", ["x", "parameters", "largest", "state"])
+def test_error_of_euler_falls_as_one_over_depth(errors: list[Any], measure: str) -> None:
     of = [row for row in errors if row.method == "Euler"]
     assert slope([row.depth for row in of], [getattr(row, measure) for row in of]) == pytest.approx(-1, abs=0.15)
 
 
 @needs_heun
-@pytest.mark.parametrize("measure", ["x", "parameters", "largest"])
-def test_error_of_heun_falls_as_fast_as_the_bound(errors: list[memory_free.GradientError], measure: str) -> None:
+@pytest.mark.parametrize("measure", ["x", "parameters", "largest", "state"])
+def test_error_of_heun_falls_as_fast_as_the_bound(errors: list[Any], measure: str) -> None:
     of = [row for row in errors if row.method == "Heun"]
     assert slope([row.depth for row in of], [getattr(row, measure) for row in of]) < -2
 
 
 @pytest.mark.parametrize("method", ["euler", pytest.param("heun2", marks=needs_heun)])
-def test_rows_compare_with_backpropagation(errors: list[memory_free.GradientError], method: str) -> None:
+def test_rows_compare_with_backpropagation(errors: list[Any], method: str) -> None:
     draws = generator()
     x, target = torch.randn(2, memory_free.BATCH, memory_free.WIDTH, generator=draws, dtype=torch.float64)
     blocks = tanh_blocks(16, memory_free.WIDTH, draws)
@@ -127,7 +140,7 @@ def test_rows_compare_with_backpropagation(errors: list[memory_free.GradientErro
     exact = torch.autograd.grad(loss, (x, *field.parameters()))
     found = [memory_free.gradients(field, x, target, method, mode) for mode in ("symplectic", "memory_free")]
     assert relative(found[0], exact) < 1e-12
-    row = next(row for row in errors if row.method == memory_free.METHODS[method])
+    row = next(row for row in errors if row.method == METHODS[method])
     assert row.depth == 16
     assert row.x == pytest.approx(relative(found[1][:1], exact[:1]), rel=1e-6)
     assert row.parameters == pytest.approx(relative(found[1][1:], exact[1:]), rel=1e-6)
@@ -136,7 +149,7 @@ def test_rows_compare_with_backpropagation(errors: list[memory_free.GradientErro
 
 @pytest.mark.slow
 def test_the_gradient_errors_as_run_from_the_command_line() -> None:
-    rows = memory_free.run()
+    rows = rows_of(memory_free.run()["memory-free"])
     for name, least, most in (("Euler", -1.15, -0.85), ("Heun", -4, -2)):
         of = [row for row in rows if row.method == name]
         if not of:
@@ -157,12 +170,12 @@ def plain_descent(theta: Tensor, target: Tensor, steps: int) -> tuple[float, Ten
     return float(loss.detach()), last.detach()
 
 
-def largest_in_training(rows: list[linear.Descent], start: str) -> dict[int, float]:
+def largest_in_training(rows: list[Any], start: str) -> dict[int, float]:
     of = [row for row in rows if row.start == start]
     return {n: max(row.roughness for row in of if row.depth == n) for n in sorted({row.depth for row in of})}
 
 
-def check_descent(rows: list[linear.Descent]) -> None:
+def check_descent(rows: list[Any]) -> None:
     """What the study is to show, at any depths."""
     for start in ("zero", "smooth"):
         largest = largest_in_training(rows, start)
@@ -182,22 +195,22 @@ def check_descent(rows: list[linear.Descent]) -> None:
 
 
 @pytest.fixture(scope="module")
-def descents() -> list[linear.Descent]:
-    return linear.run((16, 32, 64))
+def descents() -> list[Any]:
+    return rows_of(linear.run((16, 32, 64))["linear"])
 
 
-def test_roughness_stays_bounded_but_where_it_was_not_at_the_start(descents: list[linear.Descent]) -> None:
+def test_roughness_stays_bounded_but_where_it_was_not_at_the_start(descents: list[Any]) -> None:
     check_descent(descents)
 
 
-def test_trained_weights_tend_to_a_function_as_one_over_depth(descents: list[linear.Descent]) -> None:
+def test_trained_weights_tend_to_a_function_as_one_over_depth(descents: list[Any]) -> None:
     for start, low, high in (("zero", -1.1, -0.9), ("smooth", -1.1, -0.9), ("independent", -0.2, 0.2)):
         of = [row for row in descents if (row.start, row.step) == (start, linear.STEPS)]
         assert math.isnan(of[0].apart)
         assert low < slope([row.depth for row in of[1:]], [row.apart for row in of[1:]]) < high
 
 
-def test_the_depth_limit_holds_at_the_start(descents: list[linear.Descent]) -> None:
+def test_the_depth_limit_holds_at_the_start(descents: list[Any]) -> None:
     assert all(row.apart == 0 for row in descents if row.step == 0 and row.start == "zero" and row.depth > 16)
 
 
@@ -214,24 +227,24 @@ def test_each_start_is_gradient_descent_on_its_own(k: int) -> None:
 
 @pytest.mark.slow
 def test_the_descents_as_run_from_the_command_line() -> None:
-    rows = linear.run()
+    rows = rows_of(linear.run()["linear"])
     assert {row.depth for row in rows} == {16, 32, 64, 128, 256, 512}
     check_descent(rows)
 
 
 def test_logits_are_those_of_the_plain_network_in_every_way() -> None:
-    network = tied.Network(5, seed=0)
+    network = digits.Network(5, seed=0)
     pixels = torch.rand(4, 1, 8, 8, generator=generator())
     x = network.stem(pixels)
     for block in network.field:
         x = x + block(x) / 5
-    for way in tied.WAYS:
+    for way in digits.WAYS:
         for net in (network, network.untied()):
             assert torch.allclose(net(pixels, way), network.head(x), atol=1e-6)
 
 
 def test_untied_blocks_are_copies() -> None:
-    network = tied.Network(3, seed=0)
+    network = digits.Network(3, seed=0)
     untied = network.untied()
     assert (len(list(network.field.blocks)), len(list(untied.field.blocks))) == (1, 3)
     places = {p.data_ptr() for net in (network, untied) for p in net.parameters()}
@@ -239,11 +252,13 @@ def test_untied_blocks_are_copies() -> None:
 
 
 def test_memory_over_depth() -> None:
-    images = tied.digits(0, "cpu")[0]
-    shallow, deep = ({(row.blocks, row.gradient): row.peak for row in tied.memory(n, images, seed=0)} for n in (6, 26))
+    images = digits.read_digits(0, "cpu")[0]
+    shallow, deep = (
+        {(row.blocks, row.gradient): row.peak for row in rows_of(tied.memory(n, images, seed=0))} for n in (6, 26)
+    )
     growth = {key: (deep[key] - shallow[key]) / 20 for key in deep}
-    state = 4 * tied.BATCH * tied.CHANNELS * 8 * 8
-    block = sum(4 * p.numel() for p in tied.ConvolutionBlock(tied.CHANNELS).parameters())
+    state = 4 * digits.BATCH * digits.CHANNELS * 8 * 8
+    block = sum(4 * p.numel() for p in digits.ConvolutionBlock(digits.CHANNELS).parameters())
     assert deep["tied", "memory_free"] == pytest.approx(shallow["tied", "memory_free"], rel=0.05)
     assert 0 <= growth["tied", "memory_free"] < 100  # the times of a step
     assert growth["untied", "memory_free"] == pytest.approx(block, rel=0.05)
@@ -253,12 +268,12 @@ def test_memory_over_depth() -> None:
 
 
 @pytest.fixture(scope="module")
-def outcome() -> tied.Outcome:
+def outcome() -> dict[str, pd.DataFrame]:
     return tied.run(depths=(2,), depth=3, epochs=1, seed=1)
 
 
-def test_refining_starts_where_training_with_tied_blocks_ended(outcome: tied.Outcome) -> None:
-    rows = outcome.training
+def test_refining_starts_where_training_with_tied_blocks_ended(outcome: dict[str, pd.DataFrame]) -> None:
+    rows = rows_of(outcome["tied"])
     assert [(row.blocks, row.gradient, row.epoch) for row in rows] == [
         (kind, gradient, epoch)
         for kind, gradient in (("tied", "symplectic"), ("untied", "memory_free"), ("untied", "backpropagation"))
@@ -271,7 +286,7 @@ def test_refining_starts_where_training_with_tied_blocks_ended(outcome: tied.Out
 
 @pytest.mark.slow
 def test_memory_free_refines_as_well_as_backpropagation() -> None:
-    rows = tied.run(depths=(2,)).training
+    rows = rows_of(tied.run(depths=(2,))["tied"])
     end = {(row.blocks, row.gradient): row.accuracy for row in rows if row.epoch == tied.EPOCHS}
     before = end["tied", "symplectic"]
     assert before > 0.9
@@ -279,18 +294,48 @@ def test_memory_free_refines_as_well_as_backpropagation() -> None:
     assert end["untied", "memory_free"] == pytest.approx(end["untied", "backpropagation"], abs=0.01)
 
 
-def test_a_seed_fixes_training_and_the_global_generator_is_left(outcome: tied.Outcome) -> None:
+def test_a_seed_fixes_training_and_the_global_generator_is_left(outcome: dict[str, pd.DataFrame]) -> None:
     torch.rand(3)
     state = torch.get_rng_state()
     again = tied.run(depths=(2,), depth=3, epochs=1, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert repr(again) == repr(outcome)
+    assert all(again[name].equals(outcome[name]) for name in outcome)
 
 
 @pytest.mark.parametrize("run", [depth.run, memory_free.run, linear.run], ids=["depth", "memory-free", "linear"])
-def test_a_seed_fixes_weights_and_the_global_generator_is_left(run: Callable[..., object]) -> None:
+def test_a_seed_fixes_weights_and_the_global_generator_is_left(run: Callable[..., dict[str, pd.DataFrame]]) -> None:
     state = torch.get_rng_state()
     first = run((4, 8), seed=5)
     assert torch.equal(torch.get_rng_state(), state)
     torch.rand(3)
-    assert repr(run((4, 8), seed=5)) == repr(first) != repr(run((4, 8), seed=6))
+    same, other = run((4, 8), seed=5), run((4, 8), seed=6)
+    assert all(same[name].equals(first[name]) and not other[name].equals(first[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def trained() -> pd.DataFrame:
+    return training.run((4, 8), epochs=1)["training"]
+
+
+def test_the_memory_free_gradient_stays_better_in_deeper_networks_and_by_heun(trained: pd.DataFrame) -> None:
+    errors = trained.groupby(["method", "depth"])["gradient error"].max()
+    assert errors["Euler", 8] < errors["Euler", 4]
+    if "Heun" in errors:
+        assert errors["Heun", 8] < errors["Heun", 4] < errors["Euler", 8]
+
+
+def test_gradients_in_training_are_those_of_the_plain_network() -> None:
+    network = digits.Network(5, seed=0).untied().double()
+    images = digits.Images(torch.rand(4, 1, 8, 8, generator=generator()).double(), torch.tensor([0, 1, 2, 3]))
+    x = network.stem(images.pixels)
+    for block in network.field:
+        x = x + block(x) / 5
+    loss = nn.functional.cross_entropy(network.head(x), images.digits)
+    exact = torch.autograd.grad(loss, tuple(network.parameters()))
+    assert relative(training.gradient(network, images, "symplectic"), exact) < 1e-12
+    assert 1e-6 < relative(training.gradient(network, images, "memory_free"), exact) < 0.1
+
+
+def test_training_by_both_gradients_starts_alike(trained: pd.DataFrame) -> None:
+    first = trained[trained["epoch"] == 0].groupby(["method", "depth"])["test error"].nunique()
+    assert (first == 1).all()

@@ -16,7 +16,7 @@ from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import DormandPrince45, RungeKutta4, Tsitouras45
 from torchdyn_cases import MODES, each_mode
 
-from torchdiffeq_symplectic.benchmark.memory import live_bytes, peak_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 from torchdiffeq_symplectic.hosts.torchdyn import _measuring
 from torchdiffeq_symplectic.tableau import Tableau, measure
 

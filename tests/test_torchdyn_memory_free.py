@@ -16,7 +16,7 @@ from torchdyn.core import NeuralODE
 from torchdyn.numerics import Euler, RungeKutta4
 from torchdyn.numerics.solvers.templates import DiffEqSolver
 
-from torchdiffeq_symplectic.benchmark import live_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults, its own adjoint among them.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning")

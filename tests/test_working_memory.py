@@ -11,7 +11,7 @@ import torchdiffeq
 from old_harness import MODES, Net, each_mode, initial, solve, times
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.benchmark import live_bytes, peak_bytes
+from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 
 BATCH, WIDTH = 64, 32
 STATE = BATCH * WIDTH * 8  # bytes

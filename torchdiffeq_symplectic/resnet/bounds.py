@@ -1,26 +1,25 @@
-"""The constants of the approximation error's bound, measured, and the bound.
+"""A bound of the distance between a network's states and its ODE's solution, from what is measured on each step.
 
-Proposition 1 of Sander, Ablin and Peyré (NeurIPS 2022, https://arxiv.org/abs/2205.14612): let ``φ(s, x)`` be the
-vector field, ``L`` a Lipschitz constant of ``φ(s, ·)`` and ``C`` the largest ``‖∂_s φ + ∂_x φ[φ]‖``, the second
-derivative of a solution. Then the network's states ``x_n`` and the solution ``x(s)`` from the same ``x_0`` are, at
-``s_n = n/N``, no further apart than::
+Let ``x_n`` be the network's states, ``x(s)`` the solution from the same ``x_0``, ``h = 1/N``, ``E_n(x) = x + h f_n(x)``
+the network's step, and ``e_n = ‖x_n - x(s_n)‖``. The triangle inequality gives::
 
-    ‖x_n - x(s_n)‖ <= C (e^(L s_n) - 1) / (2 N L)
+    e_(n+1) <= ‖E_n(x_n) - E_n(x(s_n))‖ + ‖E_n(x(s_n)) - x(s_(n+1))‖ <= g_n e_n + τ_n
 
-as an Euler step of size ``h = 1/N`` errs by at most ``C h²/2`` and enlarges what erred before by at most ``1 + L h``.
+with the amplification ``g_n``, a Lipschitz constant of ``E_n``, and the step's own error ``τ_n``. Proposition 1 of
+Sander, Ablin and Peyré (NeurIPS 2022, https://arxiv.org/abs/2205.14612) is the same with their largest values over
+depth, ``g_n <= 1 + L h`` and ``τ_n <= C h²/2``, which is larger by far where blocks contract or differ.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["Linearised", "curvature", "lipschitz_constant", "proposition_1"]
+__all__ = ["Linearised", "bound", "lipschitz_constant"]
 
 # Golub-Kahan-Lanczos: the most steps, and the residual relative to the singular value, whose own error is its square.
 _TOLERANCE = 1e-2
@@ -109,39 +108,9 @@ def _unit(vector: Tensor) -> tuple[Tensor, float]:
     return (vector / size if size > 0 else vector), size
 
 
-def curvature(field: Callable[[float, Tensor], Tensor], s: float, x: Tensor, delta: float) -> float:
-    """``‖∂_s φ + ∂_x φ[φ]‖`` at ``(s, x)``: how fast the slope of the solution through that point changes.
-
-    ``∂_s φ`` is the difference quotient between ``s - delta`` and ``s + delta``: exact where ``φ`` is linear in ``s``
-    between them, as with outputs interpolated between two blocks. No block may stand between the two, as the derivative
-    jumps there.
-    """
-    at = Linearised(lambda y: field(s, y), x)
-    in_depth = (field(s + delta, x) - field(s - delta, x)) / (2 * delta)
-    return float(torch.linalg.vector_norm(in_depth + at.jvp(at.value)))
-
-
-def proposition_1(lipschitz: Sequence[float], curvatures: Sequence[float]) -> list[float]:
-    """The bound at ``s_0 ... s_N``, from the constants that were measured on each of the ``N`` steps.
-
-    At ``s_n`` the constants are the largest on the steps before it, as nothing that follows matters there. For
-    ``e^(L s_n)`` stands ``(1 + L/N)^n``, which is what the proof has, and smaller, by a lot if the blocks are few.
-
-    Returns:
-        ``N + 1`` numbers, the first 0; infinite where they exceed a float.
-    """
-    count = len(lipschitz)
-    largest = zip(accumulate(lipschitz, max), accumulate(curvatures, max), strict=True)
-    return [0.0, *(_bound(n, count, *constants) for n, constants in enumerate(largest, 1))]
-
-
-def _bound(n: int, count: int, lipschitz: float, largest_curvature: float) -> float:
-    if math.isinf(lipschitz) or math.isinf(largest_curvature):
-        return math.inf
-    if lipschitz == 0:
-        return largest_curvature * n / (2 * count**2)
-    try:
-        growth = math.expm1(n * math.log1p(lipschitz / count))
-    except OverflowError:
-        return math.inf
-    return largest_curvature * growth / (2 * count * lipschitz)
+def bound(amplifications: Sequence[float], errors: Sequence[float]) -> list[float]:
+    """The bound of ``e_0 ... e_N``, ``N + 1`` numbers, the first 0; from ``g_n`` and ``τ_n``, ``N`` numbers each."""
+    bounds = [0.0]
+    for amplification, error in zip(amplifications, errors, strict=True):
+        bounds.append(amplification * bounds[-1] + error if bounds[-1] else error)
+    return bounds

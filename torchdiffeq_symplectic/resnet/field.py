@@ -73,6 +73,15 @@ class ResidualField(nn.Module):
 
     M. E. Sander, P. Ablin, G. Peyré, Do Residual Neural Networks discretize Neural Ordinary Differential Equations?,
     NeurIPS 2022, https://arxiv.org/abs/2205.14612.
+
+    Example:
+        >>> import torch
+        >>> from torchdiffeq_symplectic import odeint_adjoint
+        >>> field = ResidualField([torch.nn.Linear(3, 3) for _ in range(8)], residual=True)
+        >>> x = torch.randn(5, 3)
+        >>> states = odeint_adjoint(field, x, field.grid(), method="euler", adjoint_method="symplectic")
+        >>> states.shape  # every hidden state
+        torch.Size([9, 5, 3])
     """
 
     def __init__(self, blocks: Iterable[nn.Module], *, residual: bool = False, interpolate: str = "outputs") -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.hosts.torchdiffeq import odeint_adjoint
+from torchdiffeq_symplectic import odeint_adjoint
 from torchdiffeq_symplectic.resnet.field import ResidualField
 
 __all__ = ["Agreement", "Loss", "agreement", "network_gradient", "network_states", "solve_gradient"]
@@ -42,9 +42,7 @@ def network_states(field: ResidualField, x: Tensor) -> list[Tensor]:
     return states
 
 
-def network_gradient(
-    field: ResidualField, states: Sequence[Tensor], loss: Loss, advance: Callable[[], object]
-) -> list[Tensor]:
+def network_gradient(field: ResidualField, states: Sequence[Tensor], loss: Loss) -> list[Tensor]:
     """The gradient of ``loss(x_N)`` with respect to ``x_0`` and the parameters that need one.
 
     The chain rule from the last block to the first, each evaluated again at its state, so that one block's graph is
@@ -61,7 +59,6 @@ def network_gradient(
         cotangent, *products = torch.autograd.grad(after, (x, *own), cotangent, materialize_grads=True)
         for parameter, product in zip(own, products, strict=True):
             totals[parameter] += product
-        advance()
     return [cotangent, *totals.values()]
 
 
@@ -131,4 +128,5 @@ def _cosine(gradient: Sequence[Tensor], exact: Sequence[Tensor]) -> float | None
         return None
     # Divided first: a product of two norms may exceed a float.
     pairs = zip(gradient, exact, strict=True)
-    return math.fsum(float(((a / sizes[0]) * (b / sizes[1])).sum()) for a, b in pairs)
+    cosine = math.fsum(float(((a / sizes[0]) * (b / sizes[1])).sum()) for a, b in pairs)
+    return max(-1.0, min(1.0, cosine))  # beyond by rounding

@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torchdiffeq
 from torch import Tensor
 
-from torchdiffeq_symplectic.resnet.bounds import Linearised, curvature, lipschitz_constant
+from torchdiffeq_symplectic.resnet.bounds import Linearised, lipschitz_constant
 from torchdiffeq_symplectic.resnet.field import ResidualField
 
 __all__ = ["Comparison", "compare_with_solution"]
-
-# Where the curvature is measured inside a step, as parts of it. At its ends, where blocks stand, ∂_s φ jumps.
-_INSIDE = (1 / 32, 1 / 2, 31 / 32)
-_DELTA = 1 / 64  # of a step, for difference quotients in depth
 
 _MOST_STEPS = 1000  # of the adaptive solver, a block
 _ROUNDINGS = 100  # no tolerance below that many units of rounding
@@ -39,8 +34,8 @@ class Comparison:
 
     Attributes:
         distance: ``‖x_n - x(n/N)‖``, ``N + 1`` numbers.
-        lipschitz: of ``f_n``, between ``x_n`` and ``x(n/N)``.
-        curvatures: ``‖∂_s φ + ∂_x φ[φ]‖`` on the solution between ``n/N`` and ``(n + 1)/N``, the largest.
+        amplifications: a Lipschitz constant of the step ``x + f_n(x)/N``, between ``x_n`` and ``x(n/N)``.
+        errors: of the step from ``x(n/N)``, its distance to ``x((n + 1)/N)``.
         change: ``‖x_N - x_0‖`` of the network; no less than what rounding makes of a difference between such states.
         slopes: ``‖f_n(x_n)‖``.
         jumps: ``‖f_{n+1}(x_n) - f_n(x_n)‖``, ``N - 1`` numbers.
@@ -49,8 +44,8 @@ class Comparison:
     """
 
     distance: list[float] = dataclasses.field(default_factory=lambda: [0.0])
-    lipschitz: list[float] = dataclasses.field(default_factory=list)
-    curvatures: list[float] = dataclasses.field(default_factory=list)
+    amplifications: list[float] = dataclasses.field(default_factory=list)
+    errors: list[float] = dataclasses.field(default_factory=list)
     change: float = math.inf
     slopes: list[float] = dataclasses.field(default_factory=list)
     jumps: list[float] = dataclasses.field(default_factory=list)
@@ -59,16 +54,13 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare_with_solution(
-    field: ResidualField, x: Tensor, accuracy: float, advance: Callable[[], object]
-) -> Comparison:
+def compare_with_solution(field: ResidualField, x: Tensor, accuracy: float) -> Comparison:
     """Go through the network and, by torchdiffeq's dopri5, along the solution, from ``x``.
 
     Args:
         field: its parameters need no gradient, and are of the dtype of ``x``.
         x: the first state.
         accuracy: of the distance, relative: the solver's tolerance is this part of what an Euler step errs by.
-        advance: called after each block.
     """
     found = Comparison()
     generator = torch.Generator().manual_seed(0)
@@ -80,7 +72,6 @@ def compare_with_solution(
         except AssertionError as error:  # torchdiffeq's: too many steps, a step too small, a state that is not finite
             found.trouble = f"the ODE's solver gave up between blocks {n} and {n + 1}: {error}"
             break
-        advance()
     else:
         found.change = max(_norm(network - x), _telling(x))
     _fill(found, len(field))
@@ -108,34 +99,23 @@ class _Step:
         self, network: Tensor, solution: Tensor, found: Comparison, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Append to ``found`` and return the two states after the step."""
-        of_network, at_network = self._linearised(network, generator)
-        of_solution, at_solution = self._linearised(solution, generator)
-        self._compare_blocks(network, of_network, found)
-        inside, next_solution = self._solve(solution, of_solution)
-        next_network = torchdiffeq.odeint(self._field, network, self._times(self._start, self._end), method="euler")[-1]
-
-        # The bound holds if each step's error is at most (1 + L h) times the one before plus C h²/2. Both constants
-        # are largest values, sampled here, so what the step itself shows of them counts, too: a mean of the Jacobian
-        # between the two states, and a mean of the second derivative over the step.
-        apart, further = network - solution, of_network - of_solution
-        error = next_network - next_solution - apart
-        lipschitz = max(at_network, at_solution)
-        if _norm(apart) > _telling(solution):
-            lipschitz = max(lipschitz, _norm(further) / _norm(apart))
-            error = error - self._size * further
-        curvatures = [
-            curvature(self._inside, self._start + part * self._size, state, _DELTA * self._size)
-            for part, state in zip(_INSIDE, inside, strict=True)
-        ]
+        slopes = [self._field(self._start, state) for state in (network, solution)]
+        self._compare_blocks(network, slopes[0], found)
+        next_solution = self._solve(solution, slopes[1])
+        next_network, stepped = network + self._size * slopes[0], solution + self._size * slopes[1]
+        amplification = max(self._amplification(state, generator) for state in (network, solution))
+        # Both are of points; what the step makes of the very distance between the two counts, too.
+        apart = _norm(network - solution)
+        if apart > _telling(solution):
+            amplification = max(amplification, _norm(next_network - stepped) / apart)
         found.distance.append(_norm(next_network - next_solution))
-        found.lipschitz.append(lipschitz)
-        found.curvatures.append(max(*curvatures, 2 * _norm(error) / self._size**2))
+        found.amplifications.append(amplification)
+        found.errors.append(_norm(stepped - next_solution))
         return next_network, next_solution
 
-    def _linearised(self, x: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
-        """The slope at the step's start, and the norm of its Jacobian."""
-        at = Linearised(lambda y: self._field(self._start, y), x)
-        return at.value, lipschitz_constant(at, generator)
+    def _amplification(self, x: Tensor, generator: torch.Generator) -> float:
+        """``‖I + J/N‖``, of the Jacobian at the step's start."""
+        return lipschitz_constant(Linearised(lambda y: y + self._size * self._field(self._start, y), x), generator)
 
     def _compare_blocks(self, x: Tensor, slope: Tensor, found: Comparison) -> None:
         found.slopes.append(_norm(slope))
@@ -143,8 +123,8 @@ class _Step:
             if self._n + ahead < len(self._field):
                 jumps.append(_norm(self._field((self._n + ahead) / len(self._field), x) - slope))
 
-    def _solve(self, x: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-        """The solution inside of the step, a state for each of `_INSIDE`, and at its end."""
+    def _solve(self, x: Tensor, slope: Tensor) -> Tensor:
+        """The solution at the end of the step."""
         # The error of an Euler step, as Heun's method sees it.
         error = self._size / 2 * (self._inside(self._end, x + self._size * slope) - slope)
         rounding = torch.finfo(x.dtype).eps * max(_root_mean_square(x), self._size * _root_mean_square(slope))
@@ -154,7 +134,7 @@ class _Step:
             "max_num_steps": _MOST_STEPS,
             "dtype": x.dtype,
         }
-        times = self._times(self._start, *(self._start + part * self._size for part in _INSIDE), self._end)
+        times = self._times(self._start, self._end)
         states: Tensor = torchdiffeq.odeint(
             self._inside,
             x,
@@ -164,7 +144,7 @@ class _Step:
             atol=max(self._accuracy * _root_mean_square(error), _ROUNDINGS * rounding),
             options=options,
         )
-        return states[1:-1], states[-1]
+        return states[-1]
 
     def _times(self, *times: float) -> Tensor:
         return torch.tensor(times, dtype=torch.float64)
@@ -172,7 +152,7 @@ class _Step:
 
 def _fill(found: Comparison, count: int) -> None:
     """Infinity for what is missing, and for what is not a number."""
-    for values, length in (found.distance, count + 1), (found.lipschitz, count), (found.curvatures, count):
+    for values, length in (found.distance, count + 1), (found.amplifications, count), (found.errors, count):
         values += [math.inf] * (length - len(values))
         values[:] = [math.inf if math.isnan(value) else value for value in values]
 

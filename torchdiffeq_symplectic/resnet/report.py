@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torchdiffeq
 from torch import Tensor, nn
+from torchdiffeq._impl.odeint import SOLVERS
 
-from torchdiffeq_symplectic.hosts.torchdiffeq import methods
-from torchdiffeq_symplectic.modes import MODES
-from torchdiffeq_symplectic.resnet import table
-from torchdiffeq_symplectic.resnet.bounds import proposition_1
+from torchdiffeq_symplectic.resnet.arguments import check_device, checked_batch, field_of
+from torchdiffeq_symplectic.resnet.bounds import bound
 from torchdiffeq_symplectic.resnet.field import ResidualField
 from torchdiffeq_symplectic.resnet.gradients import (
     Agreement,
@@ -26,19 +25,16 @@ from torchdiffeq_symplectic.resnet.gradients import (
     network_states,
     solve_gradient,
 )
-from torchdiffeq_symplectic.resnet.progress import Progress, showing
 from torchdiffeq_symplectic.resnet.reference import compare_with_solution
 from torchdiffeq_symplectic.resnet.verdict import Evidence, judge
 from torchdiffeq_symplectic.resnet.weights import weights_over_depth
-from torchdiffeq_symplectic.surroundings import RandomState
 
 __all__ = ["EquivalenceReport", "equivalence_report"]
 
 
 def _methods() -> list[str]:
-    """Those of `MemoryFree` that this torchdiffeq has: heun2 came with 0.2.5."""
-    known = {method.name for method in methods()}
-    return [method for method in MODES["memory_free"].methods if method in known]
+    """Those of ``memory_free`` that this torchdiffeq has: heun2 came with 0.2.5."""
+    return [method for method in ("euler", "heun2") if method in SOLVERS]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +48,11 @@ class EquivalenceReport:
         gradient_error: the gradient of the host's Euler solve, ``adjoint_method="symplectic"``, against backpropagation
             through the network, relative, with respect to x and all parameters.
         distance: ``‖x_n - x(n/N)‖``, ``N + 1`` numbers.
-        bound: of it, by Proposition 1, ``N + 1`` numbers.
-        relative_distance: ``distance[N] / ‖x_N - x_0‖``: the part of the network's way that its ODE does not explain.
-        lipschitz: the constant ``L`` of the bound.
-        curvature: the constant ``C`` of the bound.
+        bound: of it, ``N + 1`` numbers, from the two that follow, measured at each block; see `bounds`.
+        amplification: the most that a step enlarges a distance, ``max_n ‖I + J_n/N‖``.
+        step_error: the most that a step from the solution errs by.
+        way: ``‖x_N - x_0‖``, how far the network takes the batch.
+        relative_distance: ``distance[N] / way``, the part of the network's way that its ODE does not explain.
         jump: how much residual functions change from a block to the next, relative to their size.
         growth: how much more they change over two blocks, see `verdict.Evidence` for both.
         smoothness: ``N max_n ‖θ_{n+1} - θ_n‖``; None where the blocks are of different architectures.
@@ -74,9 +71,10 @@ class EquivalenceReport:
     gradient_error: float
     distance: list[float]
     bound: list[float]
+    amplification: float
+    step_error: float
+    way: float
     relative_distance: float
-    lipschitz: float
-    curvature: float
     jump: float | None
     growth: float | None
     smoothness: float | None
@@ -100,8 +98,8 @@ class EquivalenceReport:
             ("gradient error", f"{self.gradient_error:.1e}"),
             ("distance to the ODE, at the end", f"{self.distance[-1]:.3g}"),
             ("  relative to the network's way", f"{self.relative_distance:.2g}"),
-            ("bound by Proposition 1, at the end", f"{self.bound[-1]:.3g}"),
-            ("  L, C", f"{self.lipschitz:.3g}, {self.curvature:.3g}"),
+            ("bound of the distance, at the end", self._bound()),
+            ("  amplification, error of a step", f"{self.amplification:.3g}, {self.step_error:.3g}"),
             ("change of f over a block, relative", _figure(self.jump)),
             ("  over two blocks, times that", _figure(self.growth)),
             ("smoothness N max ‖θ_n+1 - θ_n‖", _figure(self.smoothness)),
@@ -112,9 +110,16 @@ class EquivalenceReport:
             rows.append((f"memory_free gradient error, {method}", f"{found.relative:.1e}, cosine {cosine}"))
         return rows
 
+    def _bound(self) -> str:
+        """A bound larger than the network's own way holds for any two networks."""
+        figure = f"{self.bound[-1]:.3g}"
+        return figure if self.bound[-1] <= self.way else f"says nothing ({figure}, the network's way is {self.way:.3g})"
+
     def __str__(self) -> str:
-        """A table, the verdict and its reasons; aligned columns where rich is not installed."""
-        figures = table.render(self.rows(), "A residual network and its ODE")
+        """The figures in two columns, the verdict and its reasons."""
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        figures = "\n".join(f"{name:{width}}  {value}" for name, value in rows)
         reasons = "".join(f"\n- {reason}" for reason in self.reasons)
         return f"{figures}\nVerdict: {self.verdict}{reasons}"
 
@@ -141,7 +146,6 @@ def equivalence_report(
     loss: Loss | None = None,
     dtype: torch.dtype | None = None,
     accuracy: float = 1e-3,
-    progress: bool | None = None,
 ) -> EquivalenceReport:
     """Measure whether the residual network of ``blocks`` is the Euler scheme of an ODE, on the batch ``x``.
 
@@ -162,40 +166,42 @@ def equivalence_report(
             the same at each call.
         dtype: of all but the memory-free gradients; the default is float64, on "mps" float32.
         accuracy: of the distance, relative: the solver's tolerance is this part of the error of an Euler step.
-        progress: whether to show it, on the standard error; the default is where that is a terminal and rich installed.
+
+    Returns:
+        What was measured; ``print`` shows it.
 
     Raises:
+        TypeError: if ``x`` is no tensor, or something in ``blocks`` is no module.
         ValueError: if a block changes the shape or draws random numbers, or an argument does not fit the others.
+
+    Example:
+        >>> import torch
+        >>> blocks = [torch.nn.Tanh() for _ in range(20)]
+        >>> report = equivalence_report(blocks, torch.randn(5, 3), residual=True)
+        >>> report.verdict
+        'discretises an ODE'
+        >>> report.distance[-1] <= report.bound[-1]
+        True
     """
-    x = _checked_batch(x)
-    original = _field(blocks, residual, interpolate)
-    _check_device(original, x)
+    x = checked_batch(x)
+    original = field_of(blocks, residual, interpolate)
+    check_device(original, x)
     if not 0 < accuracy < 1:
         raise ValueError(f"accuracy must be between 0 and 1, but is {accuracy!r}")
     if dtype is None:
         dtype = torch.float32 if x.device.type == "mps" else torch.float64
-    random = RandomState(x.device)
-    before = random.get()
-    try:
-        with torch.inference_mode(False), showing(progress) as shown:
-            own = copy.deepcopy(original)
-            return _measure(own, x.clone(), _loss(loss, x), dtype, accuracy, shown)
-    finally:
-        random.set(before)
+    with torch.random.fork_rng([x.device] if x.is_cuda else []), torch.inference_mode(False):
+        own = copy.deepcopy(original)
+        return _measure(own, x.clone(), _loss(loss, x), dtype, accuracy)
 
 
-def _measure(
-    field: ResidualField, x: Tensor, loss: Loss, dtype: torch.dtype, accuracy: float, progress: Progress
-) -> EquivalenceReport:
+def _measure(field: ResidualField, x: Tensor, loss: Loss, dtype: torch.dtype, accuracy: float) -> EquivalenceReport:
     _require_no_randomness(field, x)
-    with progress.stage("memory-free gradients", 2 * len(_methods())) as advance:
-        memory_free = _compare_memory_free(field, x, loss, advance)
+    memory_free = _compare_memory_free(field, x, loss)
     weights = weights_over_depth(field)
     field, x = field.to(dtype), x.to(dtype)
-    with progress.stage("backpropagation", len(field)) as advance:
-        forward_error, gradient_error = _compare_network(field, x, loss, advance)
-    with progress.stage("the ODE", len(field)) as advance:
-        found = compare_with_solution(field.requires_grad_(False), x, accuracy, advance)
+    forward_error, gradient_error = _compare_network(field, x, loss)
+    found = compare_with_solution(field.requires_grad_(False), x, accuracy)
     evidence = Evidence.of(found)
     verdict, reasons = judge(evidence, weights, memory_free)
     return EquivalenceReport(
@@ -204,10 +210,11 @@ def _measure(
         forward_error=forward_error,
         gradient_error=gradient_error,
         distance=found.distance,
-        bound=proposition_1(found.lipschitz, found.curvatures),
+        bound=bound(found.amplifications, found.errors),
         relative_distance=evidence.relative_distance,
-        lipschitz=max(found.lipschitz),
-        curvature=max(found.curvatures),
+        amplification=max(found.amplifications),
+        step_error=max(found.errors),
+        way=found.change,
         jump=evidence.jump,
         growth=evidence.growth,
         smoothness=weights.smoothness,
@@ -222,31 +229,33 @@ def _measure(
 
 @torch.no_grad()
 def _require_no_randomness(field: ResidualField, x: Tensor) -> None:
-    random = RandomState(x.device)
-    before = random.get()
+    before = _random_state(x)
     times = torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
     torchdiffeq.odeint(field, x, times, method="euler", options={"step_size": field.step_size})
-    if not torch.equal(random.get(), before):
+    if not torch.equal(_random_state(x), before):
         raise ValueError(
             "blocks draw random numbers (dropout in training mode, say), so they are no functions of x, and there is "
             "no ODE to compare with. Put them in evaluation mode with .eval()."
         )
 
 
-def _compare_memory_free(
-    field: ResidualField, x: Tensor, loss: Loss, advance: Callable[[], object]
-) -> dict[str, Agreement]:
+def _random_state(x: Tensor) -> Tensor:
+    states = [torch.get_rng_state()]
+    if x.is_cuda:
+        states.append(torch.cuda.get_rng_state(x.device))
+    return torch.cat(states)
+
+
+def _compare_memory_free(field: ResidualField, x: Tensor, loss: Loss) -> dict[str, Agreement]:
     found = {}
     for method in _methods():
         exact = solve_gradient(field, x, loss, method, "symplectic")
-        advance()
         approximate = solve_gradient(field, x, loss, method, "memory_free", replay_check="ignore")
-        advance()
         found[method] = agreement(field, approximate, exact)
     return found
 
 
-def _compare_network(field: ResidualField, x: Tensor, loss: Loss, advance: Callable[[], object]) -> tuple[float, float]:
+def _compare_network(field: ResidualField, x: Tensor, loss: Loss) -> tuple[float, float]:
     """The forward error and the gradient error."""
     states = network_states(field, x)
     with torch.no_grad():
@@ -254,35 +263,11 @@ def _compare_network(field: ResidualField, x: Tensor, loss: Loss, advance: Calla
     norm = torch.linalg.vector_norm
     errors = [float(norm(a - b)) / (float(norm(b)) or 1.0) for a, b in zip(hosts, states, strict=True)]
     del hosts
-    exact = network_gradient(field, states, loss, advance)
+    exact = network_gradient(field, states, loss)
     of_host = solve_gradient(field, x, loss, "euler", "symplectic")
     return max(error if math.isfinite(error) else math.inf for error in errors), agreement(
         field, of_host, exact
     ).relative
-
-
-def _checked_batch(x: Tensor) -> Tensor:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, but is a {type(x).__name__}")
-    if x.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"x must be of dtype float32 or float64, but is of {x.dtype}; convert it and the blocks")
-    if x.numel() == 0:
-        raise ValueError(f"x must have entries, but is of shape {tuple(x.shape)}")
-    return x.detach()
-
-
-def _field(blocks: Iterable[nn.Module] | ResidualField, residual: bool, interpolate: str) -> ResidualField:
-    if not isinstance(blocks, ResidualField):
-        return ResidualField(blocks, residual=residual, interpolate=interpolate)
-    if residual or interpolate != "outputs":
-        raise ValueError("residual and interpolate are for blocks; a ResidualField has its own. Leave them out.")
-    return blocks
-
-
-def _check_device(field: ResidualField, x: Tensor) -> None:
-    for name, value in (*field.named_parameters(), *field.named_buffers()):
-        if value.device != x.device:
-            raise ValueError(f"x is on {x.device}, but {name} is on {value.device}; move one of them with .to()")
 
 
 def _loss(given: Loss | None, x: Tensor) -> Loss:

@@ -57,7 +57,7 @@ class Evidence:
     def of(cls, found: Comparison) -> Evidence:
         """What ``found`` comes down to."""
         return cls(
-            blocks=len(found.lipschitz),
+            blocks=len(found.errors),
             relative_distance=_ratio(found.distance[-1], found.change) or 0.0,
             jump=_ratio(_root_mean_square(found.jumps), _root_mean_square(found.slopes)),
             growth=_ratio(_root_mean_square(found.double_jumps), _root_mean_square(found.jumps))
