@@ -14,10 +14,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torchdiffeq_symplectic.surroundings import hooks_silenced
 
 from torchdiffeq_symplectic import engine
 from torchdiffeq_symplectic.engine import vector_jacobian_product
-from torchdiffeq_symplectic.surroundings import hooks_silenced
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 

@@ -17,12 +17,12 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl import adjoint, misc
+from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
+from torchdiffeq_symplectic.surroundings import RandomState
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts import torchdiffeq as adapter
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, RKAdaptiveStepsizeODESolver
-from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
-from torchdiffeq_symplectic.surroundings import RandomState
 
 Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
 

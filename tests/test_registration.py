@@ -12,15 +12,15 @@ import torchdiffeq
 from old_harness import Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 from torchdiffeq._impl import adjoint
+from torchdiffeq_symplectic.check import ReplayCheck
+from torchdiffeq_symplectic.cotangents import Gradients
+from torchdiffeq_symplectic.modes.baseline import backpropagate
+from torchdiffeq_symplectic.trajectory import Trajectory
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import register, unregister
-from torchdiffeq_symplectic.check import ReplayCheck
-from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.modes import Mode
-from torchdiffeq_symplectic.modes.baseline import backpropagate
-from torchdiffeq_symplectic.trajectory import Trajectory
 
 USE = """
 import torch

@@ -11,7 +11,6 @@ import torch
 import torchdiffeq
 from old_harness import Net, each_mode, each_solver, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
-
 from torchdiffeq_symplectic.closures import modules_of
 
 EXACT = 1e-11

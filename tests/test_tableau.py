@@ -11,7 +11,6 @@ import torch
 from cases import ADAPTIVE, FIXED, of_table
 from torch import Tensor
 from torchdiffeq._impl.odeint import SOLVERS
-
 from torchdiffeq_symplectic.hosts.torchdiffeq._adaptive import Adaptive, measure_adaptive
 from torchdiffeq_symplectic.hosts.torchdiffeq._fixed import measure_adams, measure_fixed
 from torchdiffeq_symplectic.tableau import Outcome, ProbeField, Tableau, UnknownFormError, measure

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
+from torchdiffeq_symplectic.tableau import Tableau, measure
 from torchdyn.core import NeuralODE
 from torchdyn.numerics.solvers.ode import DormandPrince45, RungeKutta4, Tsitouras45
 from torchdyn_cases import MODES, each_mode
 
 from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 from torchdiffeq_symplectic.hosts.torchdyn import _measuring
-from torchdiffeq_symplectic.tableau import Tableau, measure
 
 SOLVERS: dict[str, Any] = {"rk4": RungeKutta4, "dopri5": DormandPrince45, "tsit5": Tsitouras45}
 STAGES = {"rk4": 4, "dopri5": 6, "tsit5": 6}

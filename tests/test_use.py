@@ -13,12 +13,12 @@ import pytest
 import torch
 import torchdiffeq
 from cases import Mixing, uniform
+from torchdiffeq_symplectic.cotangents import Gradients
+from torchdiffeq_symplectic.trajectory import Trajectory
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES, register, set_default, unregister, use
-from torchdiffeq_symplectic.cotangents import Gradients
 from torchdiffeq_symplectic.modes import Mode
-from torchdiffeq_symplectic.trajectory import Trajectory
 
 T = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
 UPSTREAM = "upstream"

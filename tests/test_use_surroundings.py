@@ -11,9 +11,9 @@ import torch
 from cases import Mixing, relative_error, uniform
 from torch import Tensor, nn
 from torchdiffeq import odeint
+from torchdiffeq_symplectic.closures import held_by
 
 from torchdiffeq_symplectic import use
-from torchdiffeq_symplectic.closures import held_by
 
 T = torch.tensor([0.0, 0.4, 1.0], dtype=torch.float64)
 each_mode = pytest.mark.parametrize("mode", ["symplectic", "aca", "baseline"])

@@ -27,7 +27,9 @@ def vector_jacobian_products(
         cotangents: of the shapes and dtypes of ``outputs``.
         retain_graph: whether the graph is kept.
     """
-    if _engine is None or any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(outputs, cotangents, strict=True)):
+    if _engine is None or any(
+        a.shape != b.shape or a.dtype != b.dtype for a, b in zip(outputs, cotangents, strict=True)
+    ):
         return torch.autograd.grad(outputs, inputs, cotangents, retain_graph=retain_graph, allow_unused=True)
     products: Sequence[Tensor | None] = _engine.run_backward(
         outputs, cotangents, retain_graph, False, inputs, allow_unreachable=True, accumulate_grad=False

@@ -121,7 +121,10 @@ def with_graph(func: Callable[..., Any]) -> Callable[..., Any]:
             return func(t, y, *args, **kwargs)
         with torch.enable_grad():
             given = pytree.tree_map(
-                lambda part: part.detach().requires_grad_() if isinstance(part, Tensor) and differentiable(part) else part, y
+                lambda part: (
+                    part.detach().requires_grad_() if isinstance(part, Tensor) and differentiable(part) else part
+                ),
+                y,
             )
             slope = func(t.detach(), given, *args, **kwargs)
         return detached(slope)

@@ -185,7 +185,9 @@ class MemoryFree(Mode):
         if self.corrections is not None and not (
             isinstance(self.corrections, int) and not isinstance(self.corrections, bool) and self.corrections >= 0
         ):
-            raise ValueError(f'adjoint_options["corrections"] must be an integer from 0 on, but is {self.corrections!r}')
+            raise ValueError(
+                f'adjoint_options["corrections"] must be an integer from 0 on, but is {self.corrections!r}'
+            )
 
     @property
     def keep(self) -> Keep:

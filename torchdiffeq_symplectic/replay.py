@@ -101,7 +101,9 @@ class Conditions:
             random: whether the field draws random numbers: the generators are put back in the end.
         """
         now = [module.training for module in self._modules]
-        replaced = [(place, _value_at(place), value) for place, value in self._values or () if _value_at(place) is not value]
+        replaced = [
+            (place, _value_at(place), value) for place, value in self._values or () if _value_at(place) is not value
+        ]
         replaced = [(place, present, value) for place, present, value in replaced if _is_there(place)]
         flipped = now != self._training
         with contextlib.ExitStack() as stack:

@@ -69,9 +69,7 @@ def attach(
         for key, tensors in recording.first_reached.items()
     }
     recording.first_reached = {}
-    result: tuple[Tensor, ...] = _Gradient.apply(
-        solve, expected, [*solution], len(initial), *initial, *times, *targets
-    )
+    result: tuple[Tensor, ...] = _Gradient.apply(solve, expected, [*solution], len(initial), *initial, *times, *targets)
     return result
 
 
@@ -124,8 +122,14 @@ class _Gradient(torch.autograd.Function):
             else:
                 gradients = solve.mode.backward(tape, solve.stepper, field, check, outputs, times)
         check.conclude()
-        initial_found = [torch.zeros_like(part) if found is None else found for part, found in zip(initial, gradients.initial, strict=True)]
-        found = [torch.zeros_like(target) if product is None else product for target, product in zip(targets, gradients.targets, strict=True)]
+        initial_found = [
+            torch.zeros_like(part) if found is None else found
+            for part, found in zip(initial, gradients.initial, strict=True)
+        ]
+        found = [
+            torch.zeros_like(target) if product is None else product
+            for target, product in zip(targets, gradients.targets, strict=True)
+        ]
         return (None, None, None, None, *initial_found, *gradients.times, *found)
 
 

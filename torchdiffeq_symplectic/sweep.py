@@ -182,7 +182,7 @@ def _replayed(
     start, size, end = (vector.unbind() for vector in vectors[:3])
     inside = iter(vectors[3].unbind())
     carry = list(initial)
-    rows = {row: carry for row in tape.at_start}
+    rows = dict.fromkeys(tape.at_start, carry)
     for n in range(len(tape)):
         step = tape[n]
         times = [next(inside) for _ in step.inside]
@@ -263,7 +263,9 @@ def _of_rows(rows: Sequence[int], outputs: Sequence[Tensor | None]) -> Cotangent
     """The cotangents of a state that is these outputs."""
     result: Cotangents = [None for _ in outputs]
     for row in rows:
-        result = [_sum(part, None if output is None else output[row]) for part, output in zip(result, outputs, strict=True)]
+        result = [
+            _sum(part, None if output is None else output[row]) for part, output in zip(result, outputs, strict=True)
+        ]
     return result
 
 

@@ -269,9 +269,7 @@ class Tape:
         is_random: whether the field drew random numbers.
     """
 
-    def __init__(
-        self, recording: Recording, saved: Sequence[Tensor], initial: Sequence[Tensor], times: Times
-    ) -> None:
+    def __init__(self, recording: Recording, saved: Sequence[Tensor], initial: Sequence[Tensor], times: Times) -> None:
         self.keep = recording.keep
         self.at_start = recording.at_start
         self.initial = list(initial)

@@ -120,7 +120,9 @@ def _functions_of(kind: type) -> tuple[types.FunctionType, ...]:
 @functools.lru_cache(maxsize=1024)
 def _slots_of(kind: type) -> tuple[str, ...]:
     """The slots of a class, not those of PyTorch and the hosts."""
-    slots = (vars(cls).get("__slots__", ()) for cls in kind.__mro__ if cls.__module__.partition(".")[0] not in _LIBRARIES)
+    slots = (
+        vars(cls).get("__slots__", ()) for cls in kind.__mro__ if cls.__module__.partition(".")[0] not in _LIBRARIES
+    )
     names = [name for entry in slots for name in ((entry,) if isinstance(entry, str) else entry)]
     return tuple(name for name in names if not name.startswith("__"))
 
@@ -204,7 +206,9 @@ class Captured:
             gc.collect()  # it may only be part of a cycle, as hooks on saved tensors make them
         return any(mark() is not None for mark in self._marks[:-1])
 
-    def evaluate(self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any) -> tuple[Any, list[Tensor]]:
+    def evaluate(
+        self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any
+    ) -> tuple[Any, list[Tensor]]:
         """``func(t, y)`` as under backpropagation, its tensors detached, and the captured tensors that are new."""
         self._looks += 1
         t = t.detach()
@@ -238,9 +242,7 @@ class Captured:
         self._look(roots, -1, list(starts), final=True)
         return any(leaf is start for leaf in leaves for start in starts)
 
-    def _look(
-        self, roots: Iterable[Edge], since: int, given: list[Tensor], final: bool = False
-    ) -> list[Tensor] | None:
+    def _look(self, roots: Iterable[Edge], since: int, given: list[Tensor], final: bool = False) -> list[Tensor] | None:
         """The captured tensors that are new; None if one is met whose holder is not known."""
         met, leaves = reached(roots, self._known, since)
         unknown = [edge for edge in met if edge not in self._known]
@@ -315,5 +317,3 @@ def derived(tensors: Iterable[Tensor]) -> list[Tensor]:
     tensors = list(tensors)
     edges = {edge_of(tensor) for tensor in tensors}
     return [tensor for tensor in tensors if is_behind(tensor, edges)]
-
-

@@ -14,14 +14,13 @@ import torch
 import torchdiffeq as host
 from torch import Tensor, nn
 
+from torchdiffeq_symplectic.context import chosen_by
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, _check_inputs, _flat_to_shape, adjoint
-from torchdiffeq_symplectic.hosts.torchdiffeq._methods import methods
 from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
 from torchdiffeq_symplectic.hosts.torchdiffeq._table import Table
 from torchdiffeq_symplectic.modes import MODES
-from torchdiffeq_symplectic.context import chosen_by
 
-__all__ = ["methods", "odeint_adjoint", "register", "unregister"]
+__all__ = ["odeint_adjoint", "register", "unregister"]
 
 _upstream_odeint_adjoint = adjoint.odeint_adjoint
 _upstream_method = adjoint.OdeintAdjointMethod

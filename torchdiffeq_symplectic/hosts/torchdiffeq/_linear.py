@@ -95,9 +95,7 @@ class _Sweep:
                 value = value.to(self._dtype).expand(self._shape)
         return value
 
-    def _pull_back_stage(
-        self, c: int, linearisation: Linearisation, weights: Tensor, outside: Tensor | None
-    ) -> None:
+    def _pull_back_stage(self, c: int, linearisation: Linearisation, weights: Tensor, outside: Tensor | None) -> None:
         """Turn column ``c`` into ``xi_c``."""
         cotangent = self._cotangent(c, weights, outside)
         (product,) = self._field.pull_back(linearisation, [self._value(linearisation)], [cotangent.view(self._shape)])

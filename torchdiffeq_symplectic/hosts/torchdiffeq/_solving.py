@@ -34,6 +34,7 @@ from torchdiffeq_symplectic.uses import Captured, Held, search
 
 __all__ = ["Call", "solve"]
 
+
 @dataclasses.dataclass
 class Call:
     """The arguments of a solve as torchdiffeq normalises them: a flat state, increasing times, a wrapped field.

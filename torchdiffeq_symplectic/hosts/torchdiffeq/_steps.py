@@ -58,7 +58,9 @@ class AdaptiveStepper:
         """The slope at the carried state."""
         perturb = Perturb.NEXT if step.note.before else Perturb.PREV
         with torch.no_grad():
-            slope = Timed(lambda t, y: field.evaluate_as(step.draw, t, y.detach()))(step.start, state[0], perturb=perturb)
+            slope = Timed(lambda t, y: field.evaluate_as(step.draw, t, y.detach()))(
+                step.start, state[0], perturb=perturb
+            )
         # As torchdiffeq's assignment to its buffer of slopes does.
         return slope.to(state[0].dtype).expand(state[0].shape)
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
 from torchdiffeq_symplectic.context import Choice, current
+from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
 
 __all__ = ["Table"]
 

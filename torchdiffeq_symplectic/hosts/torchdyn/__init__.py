@@ -6,14 +6,12 @@ attributes of classes, so that it does not matter who imported the classes earli
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 
 from torchdiffeq_symplectic.hosts.late import forget, when_imported
-from torchdiffeq_symplectic.hosts.methods import Method
 
-__all__ = ["methods", "register", "unregister"]
+__all__ = ["register", "unregister"]
 
 _HOST = "torchdyn.core.neuralde"
 _PROBLEMS = "torchdiffeq_symplectic.hosts.torchdyn._problems"
@@ -29,14 +27,6 @@ def unregister() -> None:
     forget(_HOST)
     if _PROBLEMS in sys.modules:
         sys.modules[_PROBLEMS].unpatch()
-
-
-def methods() -> list[Method]:
-    """Every solver of torchdyn, which is imported; ImportError if it is not there or not of a known release."""
-    importlib.import_module(_HOST)  # first: the import is what `register` waits for, and brings the adapter's own files
-    from torchdiffeq_symplectic.hosts.torchdyn import _methods
-
-    return _methods.methods()
 
 
 def _patch() -> None:

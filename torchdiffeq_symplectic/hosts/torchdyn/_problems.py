@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from torchdiffeq_symplectic.context import Choice, current
 from torchdiffeq_symplectic.hosts.torchdyn._host import (
     MultipleShootingProblem,
     NeuralODE,
@@ -19,7 +20,6 @@ from torchdiffeq_symplectic.hosts.torchdyn._host import (
 )
 from torchdiffeq_symplectic.hosts.torchdyn._solving import Call, PlainField, needs_gradient, solve
 from torchdiffeq_symplectic.modes import MODES, Mode
-from torchdiffeq_symplectic.context import Choice, current
 
 __all__ = ["patch", "unpatch"]
 

@@ -116,7 +116,9 @@ class Recorder:
         if self._costs is not None:
             if first and self._follows:
                 self._compare_flat(attempt, args)
-            attempt.cost = next((cost for cost, slope in zip(self._costs, slopes, strict=True) if slope is handed), None)
+            attempt.cost = next(
+                (cost for cost, slope in zip(self._costs, slopes, strict=True) if slope is handed), None
+            )
             if handed is not None and attempt.cost is None:
                 raise self._refuse("the slope that it hands on is not one that it evaluated, so has no running cost")
         if isinstance(handed, Tensor):
