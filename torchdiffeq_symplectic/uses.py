@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import gc
 import types
@@ -212,7 +213,7 @@ class Captured:
         """``func(t, y)`` as under backpropagation, its tensors detached, and the captured tensors that are new."""
         self._looks += 1
         t = t.detach()
-        with torch.enable_grad():
+        with torch.enable_grad(), _saved_as_they_are():
             parts, rebuild = pytree.tree_flatten(y)
             given = [_leaf(part) for part in parts]
             since = now()
@@ -263,6 +264,17 @@ class Captured:
         for tensor in new:
             self._missing.pop(id(tensor), None)
         return new
+
+
+def _saved_as_they_are() -> contextlib.AbstractContextManager[object]:
+    """No hooks of the caller on what an evaluation saves that is only looked at.
+
+    A hook that hands an output back with its graph keeps that alive for good, and would look like an escape.
+    """
+    active = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    if active is None or active(False) is None:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda kept: kept)
 
 
 def _needs_grad(part: Any) -> bool:

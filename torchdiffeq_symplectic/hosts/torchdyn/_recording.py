@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchdiffeq_symplectic.field import Call, Listener, detached, differentiable
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of
-from torchdiffeq_symplectic.hosts.torchdyn._steps import Note
+from torchdiffeq_symplectic.hosts.torchdyn._steps import Note, laid_out
 from torchdiffeq_symplectic.tape import Keep, Recording, Times
 from torchdiffeq_symplectic.uses import Captured
 
@@ -32,9 +32,9 @@ class _Attempt:
         x, new: the states at its start and end; slope: the first slope that it was given, or None.
         t, dt: its time and size, with their graph.
         calls: its evaluations; drew: whether they drew random numbers.
-        slopes: as the solver saw them, where they are kept.
+        slopes: as the solver saw them, where they are kept; laid out flat where there is a running cost.
         inside: the times of the outputs inside it.
-        cost: the running cost where the slope that it hands on was evaluated, or None.
+        handed: the slope that it hands on, where there is a running cost.
     """
 
     x: State
@@ -46,7 +46,10 @@ class _Attempt:
     drew: bool
     slopes: list[Any]
     inside: list[Tensor]
-    cost: Tensor | None = None
+    handed: Tensor | None = None
+
+
+_CANNOT_INTEGRATE = "its step cannot integrate integral_loss along with the state"
 
 
 class Recorder:
@@ -86,7 +89,7 @@ class Recorder:
         self._attempt: _Attempt | None = None
         self._first_calls: list[Call] = []
         self._first_drew = False
-        self._carried: Tensor | None = None  # the running cost of the slope that the step before handed on
+        self._given: Tensor | None = None  # the slope that the next step is given, laid out flat with its running cost
         self._final: State | None = None
         self._starts: list[Tensor] = []
         self._sizes: list[Tensor] = []
@@ -100,6 +103,9 @@ class Recorder:
         if first:
             self.field = f
             self._first_calls, self._first_drew = listener.calls[:1], listener.drew
+            self._sign = 1 if f is listener else -1
+            if self._costs is not None and k1 is not None:
+                self._given = laid_out(k1, self._sign * self._costs[0])
         listener.start_step()
         slopes: list[Any] = []
         if self._costs is not None:
@@ -112,17 +118,11 @@ class Recorder:
             with torch.no_grad():
                 handed, new, *rest = self._solver.step(f, x, t.detach(), dt.detach(), k1=k1, args=args)
         new = detached(new)
-        attempt = _Attempt(x, new, k1, t, dt, listener.calls, listener.drew, slopes, [])
-        if self._costs is not None:
-            if first and self._follows:
-                self._compare_flat(attempt, args)
-            attempt.cost = next(
-                (cost for cost, slope in zip(self._costs, slopes, strict=True) if slope is handed), None
-            )
-            if handed is not None and attempt.cost is None:
-                raise self._refuse("the slope that it hands on is not one that it evaluated, so has no running cost")
         if isinstance(handed, Tensor):
             handed = handed.detach()
+        attempt = _Attempt(x, new, k1, t, dt, listener.calls, listener.drew, slopes, [])
+        if self._costs is not None:
+            self._integrate(attempt, args)
         self._attempt = attempt
         return handed, new, *rest
 
@@ -135,10 +135,10 @@ class Recorder:
             state = state_of(start, self._keys)
 
             def linked(t: Tensor, y: Any, *rest: Any, **kwargs: Any) -> Any:
-                slope = f(t, detached(y), *rest, **kwargs)
-                if isinstance(slope, Tensor) and isinstance(y, Tensor):
-                    return _Linked.apply(slope, y, lambda y: f(t, y, *rest, **kwargs))
-                return slope
+                slope = f(t.detach(), detached(y), *rest, **kwargs)
+                func = functools.partial(f, **kwargs) if kwargs else f
+                parts = _Linked.apply(func, rest, self._keys, parts_of(slope, self._keys), t, *parts_of(y, self._keys))
+                return state_of(parts, self._keys)
 
             result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
             if not self._captured.look_at_step(parts_of(result[1], self._keys), start):
@@ -146,27 +146,51 @@ class Recorder:
         self.has_tensors = True
         return detached(result)
 
-    def _compare_flat(self, attempt: _Attempt, args: Any) -> None:
-        """Make sure that the step does the same to a state laid out flat, as integrating a running cost needs."""
-        x, new, slopes = attempt.x, attempt.new, iter(attempt.slopes)
-        assert isinstance(x, Tensor)
-        assert isinstance(new, Tensor)
-        k1 = None if attempt.slope is None else attempt.slope.reshape(-1)
+    def _integrate(self, attempt: _Attempt, args: Any) -> None:
+        """Take the step again, its slopes as they were, on the state laid out flat with the running cost's integral.
+
+        It must do the same to the state; the running cost then goes where the slopes go, also into the slope handed on.
+        """
+        assert self._costs is not None
+        assert isinstance(attempt.x, Tensor)
+        assert isinstance(attempt.new, Tensor)
+        attempt.slopes = [
+            laid_out(slope, self._sign * cost) for slope, cost in zip(attempt.slopes, self._costs, strict=True)
+        ]
+        if attempt.slope is not None:
+            attempt.slope = self._given
+        attempt.handed, new = self._flat_step(attempt, args)
+        is_sum = torch.equal(new[:-1], attempt.new.reshape(-1))
+        if self._follows and not self._starts and is_sum:
+            # Any step of torchdyn's own sums its slopes; of others, that is seen from twice the cost, and from none.
+            _, twice = self._flat_step(attempt, args, cost=2.0)
+            _, constant = self._flat_step(attempt, args, cost=0.0, integral=1.0)
+            is_sum = bool((twice[-1] == 2 * new[-1]) & (constant[-1] == 1))
+        if not is_sum:
+            raise self._refuse(_CANNOT_INTEGRATE)
+
+    def _flat_step(
+        self, attempt: _Attempt, args: Any, cost: float = 1.0, integral: float = 0.0
+    ) -> tuple[Tensor | None, Tensor]:
+        """Slope handed on and new state of the step with slopes as they were, ``cost`` times the running cost."""
+        assert isinstance(attempt.x, Tensor)
+
+        def scaled(slope: Tensor) -> Tensor:
+            return torch.cat([slope[:-1], cost * slope[-1:]])
+
+        slopes = map(scaled, attempt.slopes)
+        x = laid_out(attempt.x, attempt.x.new_full((), integral))
+        k1 = None if attempt.slope is None else scaled(attempt.slope)
         with torch.no_grad():
             try:
-                flat = self._solver.step(
-                    lambda t, y, *rest, **kwargs: next(slopes).reshape(-1),
-                    x.reshape(-1),
-                    attempt.t.detach(),
-                    attempt.dt.detach(),
-                    k1=k1,
-                    args=args,
-                )[1]
-                same = torch.equal(flat, new.reshape(-1))
-            except (RuntimeError, IndexError, ValueError, TypeError) as error:
-                raise self._refuse("its step cannot integrate integral_loss along with the state") from error
-        if not same:
-            raise self._refuse("its step cannot integrate integral_loss along with the state")
+                step = self._solver.step(
+                    lambda *_, **__: next(slopes), x, attempt.t.detach(), attempt.dt.detach(), k1=k1, args=args
+                )
+            except (RuntimeError, IndexError, ValueError, TypeError, StopIteration) as error:
+                raise self._refuse(_CANNOT_INTEGRATE) from error
+        if step[1].shape != x.shape:
+            raise self._refuse(_CANNOT_INTEGRATE)
+        return step[0], step[1]
 
     def inside(self, time: Tensor) -> None:
         """An output is interpolated in the latest step, which is thereby accepted."""
@@ -193,11 +217,7 @@ class Recorder:
         slopes = [*([attempt.slope] if slope == "own" else []), *attempt.slopes] if keeps else None
         note = Note((attempt.t.dtype, attempt.t.shape), (attempt.dt.dtype, attempt.dt.shape), slope)
         further = [attempt.slope] if slope == "carried" else []
-        if further and self._carried is not None:  # laid out flat, with the running cost there
-            cost = self._carried.neg() if self.field is not self._listener else self._carried
-            further = [torch.cat([attempt.slope.reshape(-1), cost.reshape(1).to(attempt.slope.dtype)])]
-            slopes = None if slopes is None else [part.reshape(-1) for part in slopes]
-        self._carried = attempt.cost
+        self._given = attempt.handed
         self.recording.step(parts_of(attempt.x, self._keys), further, calls, drew=drew, slopes=slopes, note=note)
         self._starts.append(attempt.t.reshape(()))
         self._sizes.append(attempt.dt.reshape(()))
@@ -276,23 +296,32 @@ def _kept(f: Any, slopes: list[Any]) -> Callable[..., Any]:
 
 
 class _Linked(torch.autograd.Function):
-    """A slope as a function of the state that it was evaluated at; a solver may differentiate it."""
+    """A slope as a function of the time and the state that it was evaluated at; a solver may differentiate it."""
 
     @staticmethod
-    def forward(ctx: Any, slope: Tensor, y: Tensor, func: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.func = func
-        ctx.save_for_backward(y)
-        return slope.view_as(slope)
+    def forward(
+        ctx: Any, func: Any, rest: Any, keys: Sequence[str] | None, slope: Sequence[Tensor], t: Tensor, *y: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The slope, of its parts."""
+        ctx.func, ctx.rest, ctx.keys = func, rest, keys
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(t, *y)
+        return tuple(part.view_as(part) for part in slope)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[None, Tensor | None, None]:
-        (y,) = ctx.saved_tensors
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The products with time and state, by another evaluation."""
         with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            slope = ctx.func(y)
-        if not slope.requires_grad:
-            return None, None, None
-        return None, *torch.autograd.grad(slope, y, *cotangents, allow_unused=True), None
+            leaves = [part.detach().requires_grad_(differentiable(part)) for part in ctx.saved_tensors]
+            t, *y = leaves
+            slope = parts_of(ctx.func(t, state_of(y, ctx.keys), *ctx.rest), ctx.keys)
+        pairs = [(a, b) for a, b in zip(slope, cotangents, strict=True) if b is not None and a.requires_grad]
+        if not pairs:
+            return (None,) * (4 + len(leaves))
+        values, products = zip(*pairs, strict=True)
+        able = [leaf for leaf in leaves if leaf.requires_grad]
+        found = iter(torch.autograd.grad(values, able, products, allow_unused=True))
+        return (None, None, None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves))
 
 
 class _InPlaceOf:

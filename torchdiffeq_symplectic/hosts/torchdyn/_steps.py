@@ -12,7 +12,7 @@ from torch import Tensor
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of
 from torchdiffeq_symplectic.tape import Linear, Step, Tape
 
-__all__ = ["Cost", "Note", "SolverStepper"]
+__all__ = ["Cost", "Note", "SolverStepper", "laid_out"]
 
 
 class Note(NamedTuple):
@@ -51,18 +51,23 @@ class Cost(NamedTuple):
             x = z[:-1].view(self.shape)
             slope = field(t, x, *args, **kwargs).expand(self.shape)
             cost = self.sign * self.of(self.sign * t, x).sum()
-            return torch.cat([slope.reshape(-1), cost.reshape(1).to(slope.dtype)])
+            return laid_out(slope, cost)
 
         return flat
 
     def flat(self, x: Tensor) -> Tensor:
         """The flat state, its integral zero."""
-        return torch.cat([x.reshape(-1), x.new_zeros(1)])
+        return laid_out(x, x.new_zeros(()))
 
     def split(self, z: Tensor) -> Tensor:
         """The state, which carries the gradient of the integral's increment along."""
         state: Tensor = _Charged.apply(z[:-1].view(self.shape), z[-1])
         return state
+
+
+def laid_out(part: Tensor, entry: Tensor) -> Tensor:
+    """``part`` laid out flat, and one more entry."""
+    return torch.cat([part.reshape(-1), entry.reshape(1).to(part.dtype)])
 
 
 class _Charged(torch.autograd.Function):
