@@ -31,6 +31,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, listener: Listener) -> None:
         """Record the solve that follows."""
+        self.settings = {name: value for name, value in vars(self).items() if name not in _OF_A_SOLVE}
         self.recording = recording
         self._listener = listener
         self._accepted: list[tuple[Tensor, Tensor]] = []
@@ -157,6 +158,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, listener: Listener) -> None:
         """Record the solve that follows."""
+        self.settings = {name: value for name, value in vars(self).items() if name not in _OF_A_SOLVE}
         self.recording = recording
         self._listener = listener
         self._starts: list[Tensor] = []
@@ -255,7 +257,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
     def stepper(self) -> FixedStepper:
         """What does the recorded steps again."""
         first = {name: self._at_first[name] for name in self._remembers() if self._at_first and name in self._at_first}
-        return FixedStepper(self, super()._step_func.__func__, first)  # type: ignore[attr-defined]
+        return FixedStepper(self, first)
 
     def times(self, t: Tensor, outputs: Tensor, step_t: Tensor | None, jump_t: Tensor | None) -> Times:
         """The times of the recorded solve, differentiable through the grid to every entry of ``t``.
@@ -291,9 +293,16 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
+# A step done again needs neither the solve's tensors nor what chooses its size.
+_OF_A_SOLVE = frozenset(
+    {
+        "func", "y0", "grid_constructor", "_grid", "step_t", "jump_t", "norm", "rtol", "atol", "min_step", "max_step",
+        "first_step", "safety", "ifactor", "dfactor", "max_num_steps",
+    }
+)  # fmt: skip
 _OF_THE_RECORDER = frozenset(
     {
-        "func", "y0", "grid_constructor", "recording", "_listener", "_starts", "_sizes", "_ends", "_output", "_attempt",
+        "func", "y0", "grid_constructor", "settings", "recording", "_listener", "_starts", "_sizes", "_ends", "_output", "_attempt",
         "_outputs", "_last", "_latest_output", "_in_event", "_at_first", "_grid",
     }
 )  # fmt: skip

@@ -139,16 +139,14 @@ class FixedStepper:
 
     Args:
         solver: an instance that has finished; what it holds of the solve is dropped.
-        step_func: its ``_step_func``, unbound.
         first: what it remembered before the first step, by attribute.
     """
 
     has_tensors = False
     sums_steps = True
 
-    def __init__(self, solver: Any, step_func: Any, first: Mapping[str, Any]) -> None:
+    def __init__(self, solver: Any, first: Mapping[str, Any]) -> None:
         self._solver = _bare(solver)
-        self._step_func = step_func
         self._first = first
         vars(self._solver).update(first)
 
@@ -170,7 +168,7 @@ class FixedStepper:
         size: Any = step.size
         if note.size is not None:  # a number, as the solver had it; negative in a step back
             size = note.size if float(step.size) * note.size > 0 else -note.size
-        change, f = self._step_func(solver, func, step.start, size, step.end, y)
+        change, f = solver._step_func(func, step.start, size, step.end, y)
         y1 = y + change
         remembered = Memory.of(solver, note.remembers)[1] if note.remembers else []
         outputs = []
@@ -193,10 +191,7 @@ class FixedStepper:
 
 
 def _bare(solver: Any) -> Any:
-    """A copy of a solver without what it holds of a solve."""
-    bare = object.__new__(type(solver))
-    vars(bare).update({name: value for name, value in vars(solver).items() if name not in _OF_A_SOLVE})
+    """The host's own solver as it was before its solve, without what is of that alone."""
+    bare = object.__new__(type(solver).__bases__[1])  # the first is the recorder
+    vars(bare).update(solver.settings)
     return bare
-
-
-_OF_A_SOLVE = frozenset({"func", "y0", "rk_state", "grid_constructor", "step_t", "jump_t", "norm", "recorder"})
