@@ -151,7 +151,8 @@ def test_the_times_returned_have_their_gradient(mode: str, method: str) -> None:
     assert torch.equal(times, true_times)
     wanted = problem.wanted()
     assert_same_gradients(
-        gradients_of(loss_of(times) + loss_of(solution), wanted), gradients_of(loss_of(true_times) + loss_of(true), wanted)
+        gradients_of(loss_of(times) + loss_of(solution), wanted),
+        gradients_of(loss_of(true_times) + loss_of(true), wanted),
     )
 
 
@@ -177,7 +178,9 @@ class Slow(nn.Module):
 @each_way_back
 def test_an_output_time_that_rounding_misses(mode: str, times: list[float], rows: int) -> None:
     """0.03 + (0.29 - 0.03) is more than 0.29: torchdyn loses the last output there, and goes back for another one."""
-    problem = Problem(Slow(), uniform(2, 3, seed=1).requires_grad_(), torch.tensor(times, dtype=DOUBLE, requires_grad=True))
+    problem = Problem(
+        Slow(), uniform(2, 3, seed=1).requires_grad_(), torch.tensor(times, dtype=DOUBLE, requires_grad=True)
+    )
     assert_exact(problem, mode, "torchdyn-dopri5")
     assert len(returned(problem, mode, "torchdyn-dopri5")[1]) == rows
 
@@ -193,7 +196,9 @@ ADAPTIVE: dict[str, Any] = {
 
 @pytest.mark.parametrize("first", [None, 0.9], ids=["later", "from the first on"])
 @pytest.mark.parametrize("direction", ["increasing", "decreasing"])
-@pytest.mark.parametrize("solver", [pytest.param(name, marks=[pytest.mark.slow] * (name == "stale-heun")) for name in ADAPTIVE])
+@pytest.mark.parametrize(
+    "solver", [pytest.param(name, marks=[pytest.mark.slow] * (name == "stale-heun")) for name in ADAPTIVE]
+)
 @each_way_back
 def test_rejected_steps_leave_no_trace(
     mode: str, solver: str, direction: str, first: float | None, monkeypatch: pytest.MonkeyPatch
@@ -417,7 +422,9 @@ def test_rk4_is_differentiated_as_torchdyn_computes_it(mode: str) -> None:
         torch.tensor([start, start + size], dtype=DOUBLE),
         settings={"solver": RungeKutta4(DOUBLE)},
     )
-    (found,) = torch.autograd.grad(model_for(problem, mode, "torchdyn-rk4")(problem.y0, problem.t)[1][-1].sum(), strength)
+    (found,) = torch.autograd.grad(
+        model_for(problem, mode, "torchdyn-rk4")(problem.y0, problem.t)[1][-1].sum(), strength
+    )
     nodes = [start, start, start + size / 2, start + size / 2]
     expected = size * sum(b * t**2 for b, t in zip((1 / 6, 1 / 3, 1 / 3, 1 / 6), nodes, strict=True))
     assert float(found) == pytest.approx(expected, rel=1e-14)
