@@ -37,9 +37,9 @@ from torchdyn_runs import (
     directional,
     each_kind,
     each_named_kind,
+    each_way_back,
     model_for,
     returned,
-    each_way_back,
     steps_recorded,
     stiffening,
 )
@@ -297,7 +297,7 @@ def test_a_hypersolver_whose_network_is_the_field(mode: str, solver: Any) -> Non
 @pytest.mark.parametrize("solver", [RungeKutta4, DormandPrince45, Euler])
 @each_way_back
 def test_one_solver_with_states_of_two_precisions(mode: str, solver: Any) -> None:
-    """torchdyn rounds a solver's coefficients to the state's dtype for good: the replay must have those of its solve."""
+    """torchdyn rounds a solver's coefficients to the state's dtype for good: a replay has those of its solve."""
     method = "torchdyn-dopri5" if solver is DormandPrince45 else "torchdyn-rk4"
     shared = solver(DOUBLE)
     problems = [problem_for(method, dtype=dtype) for dtype in (DOUBLE, torch.float32, DOUBLE)]
