@@ -7,33 +7,30 @@ import itertools
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
-from torchdiffeq_symplectic.tableau import Tableau, measure
-from torchdyn.core import NeuralODE
-from torchdyn.numerics.solvers.ode import DormandPrince45, RungeKutta4, Tsitouras45
-from torchdyn_cases import MODES, each_mode
+import torch
+from harness import BACKPROPAGATION, METHODS, MODES, neural_ode, problem_for
+from torch import Tensor, nn
+from torchdyn.numerics.solvers.hyper import HyperEuler
+from torchdyn.numerics.solvers.ode import DormandPrince45, str_to_solver
+from torchdyn_runs import TOLERANCES, accepted, returned, steps_recorded
 
 from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
-from torchdiffeq_symplectic.hosts.torchdyn import _measuring
 
-SOLVERS: dict[str, Any] = {"rk4": RungeKutta4, "dopri5": DormandPrince45, "tsit5": Tsitouras45}
-STAGES = {"rk4": 4, "dopri5": 6, "tsit5": 6}
-each_solver = pytest.mark.parametrize("solver", SOLVERS)
+each_mode = pytest.mark.parametrize("mode", MODES)
 STATE = torch.linspace(-1, 1, 128 * 32).reshape(128, 32)
 
 
 class Counting(nn.Module):
     """A field that counts its evaluations, with more memory in its graph than in its state."""
 
-    def __init__(self, width: int = 128) -> None:
+    def __init__(self, width: int = 128, inputs: int = 32) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)
-            self.net = nn.Sequential(nn.Linear(32, width), nn.Tanh(), nn.Linear(width, 32), nn.Tanh())
+            self.net = nn.Sequential(nn.Linear(inputs, width), nn.Tanh(), nn.Linear(width, inputs), nn.Tanh())
         self.evaluations = 0
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
@@ -42,50 +39,37 @@ class Counting(nn.Module):
         return slope
 
 
-def counted(solver: str) -> tuple[Any, list[Tensor]]:
-    """A solver, and the states that it starts a step from, each attempt."""
-    starts: list[Tensor] = []
-
-    base: Any = SOLVERS[solver]
-
-    class Watched(base):  # type: ignore[misc]
-        def step(self, f: Any, x: Tensor, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> Any:
-            if not torch.is_grad_enabled() and x.dim() == 2 and len(x) == len(STATE):
-                starts.append(x)
-            return super().step(f, x, t, dt, k1=k1, args=args)
-
-    return Watched(STATE.dtype), starts
+# Evaluations of one step: in the solve, where the first slope may come from the step before; and in backward, where a
+# symplectic step computes all slopes but the last again before it pulls back each one.
+KNOWN = ["euler", "midpoint", "rk4", "dopri5", "tsit5", "bogacki-shampine", "uneven", "hyper-euler", "alf"]
+NAMES = [f"torchdyn-{name}" for name in KNOWN]
 
 
-def model_of(mode: str, field: nn.Module, solver: Any) -> NeuralODE:
-    settings = dict(MODES.get(mode, {"sensitivity": mode}))
-    options = settings.pop("adjoint_options", None)
-    model = NeuralODE(field, solver=solver, **settings)
-    model.adjoint_options = options
-    return model
-
-
-def times(steps: int) -> Tensor:
-    return torch.linspace(0, 1, steps + 1)
-
-
-@each_solver
+@pytest.mark.parametrize("method", NAMES)
 @each_mode
-def test_evaluations(mode: str, solver: str) -> None:
-    field = Counting()
-    watched, starts = counted(solver)
-    upstream = model_of("autograd", field, SOLVERS[solver](STATE.dtype))
-    upstream(STATE, times(7))
-    forward, field.evaluations = field.evaluations, 0
-    model = model_of(mode, field, watched)
-    _, solution = model(STATE.clone().requires_grad_(), times(7))
-    assert field.evaluations == forward
-    steps = len({id(x) for x in starts})
-    assert steps >= 7
+def test_evaluations(mode: str, method: str) -> None:
+    """Backward evaluates as often as the accepted steps did, and in "symplectic" about twice."""
+    problem = problem_for(method, dtype=torch.float32, time_grad=False)
+    field = problem.field = Counting(5, 3)
+    solver = problem.settings.get("solver") or str_to_solver(METHODS[method].solver, torch.float32)
+    problem.settings["solver"] = solver
+    with steps_recorded(solver) as calls:
+        returned(problem, BACKPROPAGATION, method)
+    steps = len(accepted(calls))
+    upstream, field.evaluations = field.evaluations, 0
+    solution = returned(problem, mode, method)[1]
+    assert field.evaluations == upstream, "the solve itself evaluates as often as torchdyn"
     field.evaluations = 0
     solution.square().sum().backward()
-    each = 2 * STAGES[solver] - 1 if mode == "symplectic" else STAGES[solver]
-    assert field.evaluations == each * steps
+    stages = METHODS[method].stages or {"torchdyn-hyper-euler": 1, "torchdyn-alf": 2}[method]
+    if METHODS[method].adaptive:
+        # The slope that a step starts from is that at its state: handed over, or evaluated again where it is not kept.
+        assert stages * steps <= field.evaluations <= 2 * (stages + 1) * steps
+        assert mode == "symplectic" or field.evaluations <= stages * steps + 1
+    elif method == "torchdyn-alf":  # its second evaluation needs no first one
+        assert field.evaluations == stages * steps
+    else:
+        assert field.evaluations == (2 * stages - 1 if mode == "symplectic" else stages) * steps
 
 
 @each_mode
@@ -93,56 +77,50 @@ def test_evaluations_do_not_depend_on_the_number_of_parameters(mode: str) -> Non
     counts = []
     for width in (8, 128):
         field = Counting(width)
-        _, solution = model_of(mode, field, "rk4")(STATE, times(6))
-        solution.sum().backward()
+        neural_ode(mode, field, solver="rk4")(STATE, torch.linspace(0, 1, 7))[1].sum().backward()
         counts.append(field.evaluations)
     assert counts[0] == counts[1]
 
 
-def kept(mode: str, solver: str, steps: int, dtype: torch.dtype = torch.float32) -> int:
+# Bytes.
+
+
+def kept(mode: str, solver: str, steps: int) -> int:
     """Bytes that a solution with its gradient keeps alive, less those of the outputs."""
-    field = Counting().to(dtype)
-    x = STATE.to(dtype)
-    instance = SOLVERS[solver](dtype)
-    model = model_of(mode, field, instance)
-    span = times(steps).to(dtype)
+    model = neural_ode(mode, Counting(), solver=solver)
+    span = torch.linspace(0, 1, steps + 1)
 
     def run() -> Any:
-        return model(x, span, save_at=span[[0, -1]]) if solver == "rk4" else model(x, span)
+        return model(STATE, span, save_at=span[[0, -1]]) if solver == "rk4" else model(STATE, span)
 
     run()
-    outputs = run()[1]
-    return live_bytes(run, "cpu") - int(outputs.numel() * outputs.element_size())
+    return live_bytes(run, "cpu") - int(run()[1].nbytes)
 
 
 @pytest.mark.parametrize(
-    ("solver", "dtype", "states"),
+    ("mode", "solver", "states"),
     [
-        ("rk4", torch.float32, 1),
-        ("rk4", torch.float64, 1),
-        ("dopri5", torch.float32, 1),
-        ("tsit5", torch.float32, 1),
+        ("symplectic", "rk4", 1),
+        ("aca", "rk4", 1),
+        ("stages", "rk4", 5),
+        ("baseline", "rk4", 0),
+        ("symplectic", "dopri5", 1),
     ],
 )
-def test_one_state_is_kept_for_each_step(solver: str, dtype: torch.dtype, states: int) -> None:
-    few, many = (kept("symplectic", solver, steps, dtype) for steps in (20, 60))
-    state = STATE.numel() * dtype.itemsize
-    assert 40 * states * state <= many - few <= 1.05 * 40 * states * state
+def test_states_that_are_kept_for_each_step(mode: str, solver: str, states: int) -> None:
+    """Beside the outputs. An adaptive step starts from a slope that differs from the field's by rounding: it is kept."""
+    few, many = (kept(mode, solver, steps) for steps in (10, 30))
+    state = STATE.nbytes
+    assert 20 * states * state <= many - few <= 20 * (states + 0.05) * state
 
 
-def test_stages_keep_the_slopes_besides() -> None:
-    few, many = (kept("symplectic-stages", "rk4", steps) for steps in (20, 60))
-    state = STATE.numel() * STATE.element_size()
-    assert 40 * 5 * state <= many - few <= 1.05 * 40 * 5 * state
-
-
-def peak(mode: str, steps: int, trajectory: bool = False) -> int:
-    model = model_of(mode, Counting(), "rk4")
-    x = STATE.clone().requires_grad_()
-    span = times(steps)
+def peak(mode: str, solver: Any, steps: int, *, trajectory: bool = False) -> int:
+    """Of the last state alone by a call, of all by a trajectory."""
+    model, x = neural_ode(mode, Counting(), solver=solver), STATE.clone().requires_grad_()
+    span = torch.linspace(0, 1, steps + 1)
 
     def run() -> None:
-        solution = model.trajectory(x, span) if trajectory else model(x, span)[1]
+        solution = model.trajectory(x, span) if trajectory else model(x, span, save_at=span[-1:])[1]
         torch.autograd.grad(solution[-1].sum(), [x, *model.vf.parameters()], allow_unused=True)
 
     run()
@@ -150,86 +128,47 @@ def peak(mode: str, steps: int, trajectory: bool = False) -> int:
 
 
 @pytest.mark.parametrize("trajectory", [False, True], ids=["forward", "trajectory"])
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
-def test_peak_is_a_fraction_of_that_of_autograd(mode: str, trajectory: bool) -> None:
-    assert peak(mode, 40, trajectory) < peak("autograd", 40) / 4
+def test_peak_is_a_fraction_of_that_of_autograd(trajectory: bool) -> None:
+    assert (
+        peak("symplectic", "rk4", 12, trajectory=trajectory)
+        < peak(BACKPROPAGATION, "rk4", 12, trajectory=trajectory) / 3
+    )
+
+
+def test_a_hypersolver_takes_one_state_a_step_and_the_graph_of_one_evaluation() -> None:
+    """And what its own network leaves in the graph of the step."""
+    hypernet = Counting()
+    few, many = (peak("symplectic", HyperEuler(hypernet), steps) for steps in (10, 30))
+    assert many - few <= 1.05 * 20 * STATE.nbytes
+    activations = 6 * STATE.nbytes  # of a hidden layer that is four states wide, of an output and of its derivative
+    assert few <= peak("symplectic", "euler", 10) + 1.05 * activations
 
 
 @each_mode
 def test_nothing_is_left_but_the_gradients(mode: str) -> None:
-    model = model_of(mode, Counting(), "dopri5")
-    x = STATE.clone().requires_grad_()
-    wanted = [x, *(parameter for parameter in model.vf.parameters())]
+    model, x = neural_ode(mode, Counting(), solver="dopri5"), STATE.clone().requires_grad_()
+    wanted = [x, *model.vf.parameters()]
 
     def run() -> Any:
-        solution = model(x, times(5))[1]
-        return torch.autograd.grad(solution.sum(), wanted)
+        return torch.autograd.grad(model(x, torch.linspace(0, 1, 6))[1].sum(), wanted)
 
     run()
     gc.collect()
-    assert live_bytes(run, "cpu") == sum(tensor.numel() * tensor.element_size() for tensor in wanted)
+    assert live_bytes(run, "cpu") == sum(tensor.nbytes for tensor in wanted)
+
+
+class Jumping(Counting):
+    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
+        return super().forward(t, x) * (1 + 40 * (t > 0.5))
 
 
 def test_rejected_steps_keep_nothing_alive() -> None:
-    class Jumping(Counting):
-        def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-            return super().forward(t, x) * (1 + 40 * (t > 0.5))
-
-    watched, starts = counted("dopri5")
-    model = model_of("symplectic", Jumping(), watched)
-    model.atol = model.rtol = 1e-5
-
-    def run() -> Any:
-        starts.clear()
-        result = model(STATE, torch.tensor([0.0, 1.0]))
-        attempts = len(starts)
-        accepted = len(list(itertools.groupby(starts, id)))
-        starts[:] = []
-        return result, attempts, accepted
-
-    _, attempts, accepted = run()
-    assert attempts > accepted
-    state = STATE.numel() * STATE.element_size()
-    # The states, the two outputs, and small change.
-    assert live_bytes(run, "cpu") <= (accepted + 2 + 1) * state
-
-
-def solve_by(solver: Any, field: nn.Module) -> None:
-    model_of("symplectic", field, solver)(STATE.clone().requires_grad_(), torch.linspace(0, 1, 5))
-
-
-def test_a_solver_is_measured_once_for_all_that_are_equal_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchdyn makes a new one for each model that is given a name, and at each call of its functional ``odeint``."""
-    measured = 0
-
-    def counting(*arguments: Any) -> Tableau:
-        nonlocal measured
-        measured += 1
-        return measure(*arguments)
-
-    monkeypatch.setattr(_measuring, "measure", counting)
-    monkeypatch.setattr(_measuring, "_equal", {})
-    field = Counting()
-    solve_by("rk4", field)
-    first = measured
-    assert first > 0
-    solve_by("rk4", field)
-    solve_by(RungeKutta4(), field)
-    assert measured == first
-
-    class Other(RungeKutta4):  # type: ignore[misc]
-        pass
-
-    solve_by(Other(), field)
-    assert measured == 2 * first
-    changed = RungeKutta4()
-    nodes, coefficients, weights, error = changed.tableau
-    changed.tableau = (nodes, coefficients, weights.roll(1), error)
-    solve_by(changed, field)
-    assert measured == 3 * first
-    trained = RungeKutta4()
-    trained.unknown = object()  # a step may depend on it
-    solve_by(trained, field)
-    assert measured == 4 * first
-    solve_by(Other(), field)  # a class of one's own may depend on more than its instances hold
-    assert measured == 5 * first
+    solver = DormandPrince45()
+    model = neural_ode("symplectic", Jumping(), solver=solver, **TOLERANCES)
+    with steps_recorded(solver) as calls:
+        model(STATE, torch.tensor([0.0, 1.0]))
+    attempts = len(calls)
+    taken = len(list(itertools.groupby(calls, lambda call: id(call.x))))
+    assert attempts > taken
+    # States and slopes handed on, the two outputs, and small change.
+    assert live_bytes(lambda: model(STATE, torch.tensor([0.0, 1.0])), "cpu") <= (2 * taken + 3) * STATE.nbytes

@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("torchdyn")
 
 import torch
-from cases import loss_of
+from harness import MODES, Mixing, Problem, assert_exact, each_mode, first_step_held, loss_of, problem_for
 from torch import Tensor
 from torchdyn.core import MultipleShootingProblem, NeuralODE, ODEProblem
 from torchdyn.core.neuralde import MultipleShootingLayer
-from torchdyn_cases import DOUBLE, MODES, Field, Problem, assert_exact, each_mode, first_step_held, problem_for, weighed
+from torchdyn_runs import model_for, returned
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import register, unregister
@@ -152,6 +152,7 @@ ABSENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ABSENT)
 def test_without_torchdyn_all_else_works_and_nothing_is_said(how: str) -> None:
     code = ABSENT[how] + (
@@ -289,10 +290,10 @@ def test_a_user_that_wraps_a_method_keeps_his_wrapper(monkeypatch: pytest.Monkey
     monkeypatch.setattr(NeuralODE, "trajectory", wrapper)
     register()
     assert NeuralODE.trajectory is wrapper
-    problem = problem_for("rk4")
-    solution = problem.model("symplectic").trajectory(problem.x, problem.t_span)  # type: ignore[operator]
+    problem = problem_for("torchdyn-rk4")
+    solution = model_for(problem, "symplectic", "torchdyn-rk4").trajectory(problem.y0, problem.t)
     assert calls == [1]
-    assert "_Gradient" in type(solution.grad_fn).__name__
+    assert solution.requires_grad
     unregister()
     try:
         assert NeuralODE.trajectory is wrapper
@@ -307,7 +308,7 @@ def test_a_user_that_wraps_a_method_keeps_his_wrapper(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("cls", [ODEProblem, NeuralODE])
 def test_a_model_has_the_attributes_that_it_has_without_us(cls: Any, sensitivity: str) -> None:
     def held() -> tuple[dict[str, str], ...]:
-        model = cls(Field(6), solver="dopri5", sensitivity=sensitivity)
+        model = cls(Mixing(6), solver="dopri5", sensitivity=sensitivity)
         parts = vars(model), model._modules, model._parameters, model._buffers, vars(model.vf)
         return tuple({name: type(value).__name__ for name, value in part.items()} for part in parts)
 
@@ -321,13 +322,13 @@ def test_a_model_has_the_attributes_that_it_has_without_us(cls: Any, sensitivity
 
 def gradients(problem: Problem, model: Any) -> list[Tensor]:
     with first_step_held():
-        _, solution = model(problem.x, problem.t_span)
-    return [solution, *torch.autograd.grad(loss_of(solution), [problem.x, *model.vf.parameters()])]
+        _, solution = model(problem.y0, problem.t)
+    return [solution, *torch.autograd.grad(loss_of(solution), [problem.y0, *problem.field.parameters()])]
 
 
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@pytest.mark.parametrize("method", ["torchdyn-rk4", "torchdyn-dopri5"])
 @each_mode
-def test_models_made_before_registering_have_the_modes(mode: str, solver: str) -> None:
+def test_models_made_before_registering_have_the_modes(mode: str, method: str) -> None:
     def make(field: Any, *, sensitivity: str, **settings: Any) -> Any:
         unregister()
         try:
@@ -335,9 +336,9 @@ def test_models_made_before_registering_have_the_modes(mode: str, solver: str) -
         finally:
             register()
 
-    problem = problem_for(solver)
-    problem.make = make
-    assert_exact(problem, mode)
+    problem = problem_for(method)
+    problem.settings["make"] = make
+    assert_exact(problem, mode, method)
 
 
 @each_mode
@@ -352,21 +353,21 @@ def test_models_made_before_registering_may_change_to_a_mode(mode: str) -> None:
         assert model.sensalg == model.vf.sensitivity == sensitivity
         return model
 
-    problem = problem_for("rk4")
-    problem.make = make
-    assert_exact(problem, mode)
+    problem = problem_for("torchdyn-rk4")
+    problem.settings["make"] = make
+    assert_exact(problem, mode, "torchdyn-rk4")
 
 
 def test_models_made_while_registered_are_torchdyns_own_afterwards() -> None:
-    problem = problem_for("rk4", time_grad=False)
-    model: Any = problem.model("symplectic")
-    expected = gradients(problem, problem.model("autograd"))
+    problem = problem_for("torchdyn-rk4", time_grad=False)
+    model: Any = model_for(problem, "symplectic", "torchdyn-rk4")
+    expected = gradients(problem, model_for(problem, "backprop", "torchdyn-rk4"))
     unregister()
     try:
         assert model.sensitivity == "symplectic"
         with pytest.raises(TypeError):  # what torchdyn makes of a name that it does not know
-            model(problem.x, problem.t_span)
-        assert torch.equal(model.trajectory(problem.x, problem.t_span), expected[0])
+            model(problem.y0, problem.t)
+        assert torch.equal(model.trajectory(problem.y0, problem.t), expected[0])
         model.sensitivity = model.sensalg = model.vf.sensitivity = "autograd"
         found = gradients(problem, model)
     finally:
@@ -375,7 +376,7 @@ def test_models_made_while_registered_are_torchdyns_own_afterwards() -> None:
 
 
 def test_a_solver_adjoint_that_names_a_mode_fails_without_us() -> None:
-    problem = problem_for("rk4", time_grad=False)
+    problem = problem_for("torchdyn-rk4", time_grad=False)
     model: Any = NeuralODE(problem.field, solver="rk4", sensitivity="adjoint", solver_adjoint="symplectic")
     unregister()
     try:
@@ -390,17 +391,17 @@ def test_a_solver_adjoint_that_names_a_mode_fails_without_us() -> None:
 @pytest.mark.usefixtures("unregistered")
 @each_mode
 def test_unregistered_torchdyn_knows_nothing_of_the_modes(mode: str) -> None:
-    problem = problem_for("rk4")
+    problem = problem_for("torchdyn-rk4")
     with pytest.raises(TypeError):
-        problem.solve(mode)
+        returned(problem, mode, "torchdyn-rk4")
 
 
 @each_mode
 def test_solves_begun_before_unregistering_can_still_be_differentiated(mode: str) -> None:
-    problem = problem_for("dopri5", time_grad=False)
-    wanted = [problem.x, *problem.field.parameters()]  # type: ignore[attr-defined]
-    expected = torch.autograd.grad(weighed(*problem.solve(mode)), wanted)
-    loss = weighed(*problem.solve(mode))
+    problem = problem_for("torchdyn-dopri5", time_grad=False)
+    wanted = [problem.y0, *problem.field.parameters()]  # type: ignore[attr-defined]
+    expected = torch.autograd.grad(loss_of(returned(problem, mode, "torchdyn-dopri5")[1]), wanted)
+    loss = loss_of(returned(problem, mode, "torchdyn-dopri5")[1])
     unregister()
     try:
         found = torch.autograd.grad(loss, wanted)
@@ -417,6 +418,6 @@ def test_a_mode_of_a_users_own_is_known_to_torchdyn_too(monkeypatch: pytest.Monk
             return getattr(torchdiffeq_symplectic.MODES["symplectic"], name)
 
     monkeypatch.setitem(torchdiffeq_symplectic.MODES, "renamed", Renamed())
-    monkeypatch.setitem(MODES, "renamed", {"sensitivity": "renamed"})
-    problem = problem_for("rk4", dtype=DOUBLE)
-    assert_exact(problem, "renamed")
+    monkeypatch.setitem(MODES, "renamed", {"adjoint_method": "renamed"})
+    problem = problem_for("torchdyn-rk4")
+    assert_exact(problem, "renamed", "torchdyn-rk4")

@@ -2,185 +2,132 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-
-import torchdiffeq_symplectic
-from torchdiffeq_symplectic import register, set_default, unregister, use
 
 pytest.importorskip("torchdyn")
+
+import torch
 import torchdyn.numerics
+from harness import DOUBLE, assert_equal_values, assert_same_gradients, first_step_held, gradients_of, loss_of, uniform
+from torch import Tensor, nn
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.numerics import Euler, RungeKutta4
 
+from torchdiffeq_symplectic import register, set_default, unregister, use
+
 MODES: dict[str, Callable[[], use]] = {
     "symplectic": lambda: use("symplectic"),
-    "symplectic-stages": lambda: use("symplectic", checkpoint="stages"),
+    "stages": lambda: use("symplectic", checkpoint="stages"),
     "aca": lambda: use("aca"),
     "baseline": lambda: use("baseline"),
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_sensitivity = pytest.mark.parametrize("sensitivity", ["autograd", "adjoint", "interpolated_adjoint"])
-SPAN = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(7)
-        yield
-    register()
-    set_default(None)
+SPAN = torch.linspace(0.0, 1.0, 5, dtype=DOUBLE)
+ENTRIES: dict[str, Callable[[Any, Tensor, str], Any]] = {
+    "NeuralODE": lambda field, x, solver: NeuralODE(field, solver=solver, return_t_eval=False)(x, SPAN),
+    "trajectory": lambda field, x, solver: NeuralODE(field, solver=solver).trajectory(x, SPAN),
+    "ODEProblem": lambda field, x, solver: ODEProblem(field, solver, atol=1e-3, rtol=1e-3)(x, SPAN)[1],
+    "odeint": lambda field, x, solver: torchdyn.numerics.odeint(field, x, SPAN, solver)[1],
+    "odeint by names": lambda field, x, solver: torchdyn.numerics.odeint(
+        f=field, x=x, t_span=SPAN.flip(0), solver=Euler(DOUBLE) if solver == "rk4" else solver
+    )[1],
+}
 
 
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(7)
+            self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
         result: Tensor = self.net(torch.cat([x, t.expand(len(x), 1)], dim=1))
         return result
 
 
-def quietly(make: Callable[[], Any]) -> Any:
-    """torchdyn prints remarks."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        return make()
+class Force(nn.Module):
+    """Differentiates without enabling gradients: under torchdyn's autograd they are enabled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
+        (force,) = torch.autograd.grad(torch.tanh(self.net(t, x)).sum(), x, create_graph=True)
+        return force
 
 
 def state() -> Tensor:
-    return torch.randn(4, 2, dtype=torch.float64).requires_grad_()
+    return uniform(4, 2, seed=3).requires_grad_()
 
 
 def is_recorded(solution: Tensor) -> bool:
-    """Whether the solution is the output of this package's autograd function."""
-    return solution.grad_fn is not None and solution.grad_fn.name() == "_GradientBackward"
+    """Whether the graph of the solution is this package's autograd function and not torchdyn's operations."""
+    met, stack = set(), [solution.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in met:
+            met.add(node)
+            stack += [following for following, _ in node.next_functions]
+    return solution.requires_grad and not any(node.name() == "MulBackward0" for node in met)
 
 
-def compare(solve: Callable[[], Tensor], wanted: list[Tensor], mode: str, tolerance: float = 1e-11) -> None:
-    """``solve()`` under ``mode`` gives the values and the gradients of ``solve()`` under torchdyn's autograd."""
-    weights = torch.randn(2, dtype=torch.float64)
-    torch.manual_seed(3)
-    truth = solve()
-    torch.manual_seed(3)
+def assert_as_autograd(run: Callable[[], Tensor], wanted: dict[str, Tensor], mode: str) -> None:
+    """``run()`` under ``mode`` gives the values and the gradients of torchdyn's backpropagation."""
+    with first_step_held():
+        truth = run()
     with MODES[mode]():
-        found = solve()
-    assert not is_recorded(truth)
+        found = run()
     assert is_recorded(found)
-    assert torch.equal(found, truth)
-    losses = [(solution.square() * weights).sum() for solution in (found, truth)]
-    gradients, true_gradients = (torch.autograd.grad(loss, wanted) for loss in losses)
-    for one, other in zip(gradients, true_gradients, strict=True):
-        assert float((one - other).norm()) <= tolerance * float(other.norm())
+    assert not is_recorded(truth)
+    assert_equal_values(found, truth)
+    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
 
-@each_mode
-@each_sensitivity
-@pytest.mark.parametrize("solver", ["rk4", "euler"])
-def test_neural_odes_are_exact_whatever_their_sensitivity(solver: str, sensitivity: str, mode: str) -> None:
-    net, x = Net(), state()
-    model = quietly(lambda: NeuralODE(net, solver=solver, sensitivity=sensitivity, return_t_eval=False))
-    reference = quietly(lambda: NeuralODE(net, solver=solver, return_t_eval=False))
-    weights = torch.randn(2, dtype=torch.float64)
-    truth = reference(x, SPAN)
-    with MODES[mode]():
-        found = model(x, SPAN)
-    assert torch.equal(found, truth)
-    wanted = [x, *net.parameters()]
-    gradients, true_gradients = (
-        torch.autograd.grad((solution.square() * weights).sum(), wanted) for solution in (found, truth)
-    )
-    for one, other in zip(gradients, true_gradients, strict=True):
-        assert float((one - other).norm()) <= 1e-11 * float(other.norm())
-
-
-@each_mode
-@pytest.mark.parametrize("solver", ["dopri5", "tsit5"])
-def test_adaptive_solvers_are_exact_but_for_the_choice_of_the_first_step(solver: str, mode: str) -> None:
-    """That choice is differentiated by autograd, and is clipped at steps of fixed sizes only."""
-    net, x = Net(), state()
-    model = quietly(lambda: NeuralODE(net, solver=solver, return_t_eval=False, atol=1e-6, rtol=1e-6))
-    compare(lambda: model(x, SPAN), [x, *net.parameters()], mode, tolerance=1e-5)
-
-
-@each_mode
-def test_trajectories_problems_and_the_function_are_reached(mode: str) -> None:
-    net, x = Net(), state()
-    wanted = [x, *net.parameters()]
-    model = quietly(lambda: NeuralODE(net, solver="rk4"))
-    compare(lambda: model.trajectory(x, SPAN), wanted, mode)
-    problem = quietly(lambda: ODEProblem(net, "rk4", atol=1e-3, rtol=1e-3))
-    compare(lambda: problem(x, SPAN)[1], wanted, mode)
-    compare(lambda: torchdyn.numerics.odeint(net, x, SPAN, "rk4")[1], wanted, mode)
-    solver = Euler(torch.float64)
-    compare(lambda: torchdyn.numerics.odeint(f=net, x=x, t_span=SPAN.flip(0), solver=solver)[1], wanted, mode)
-
-
-def test_plain_functions_and_what_they_close_over() -> None:
-    weight, net, x = torch.randn(2, dtype=torch.float64).requires_grad_(), Net(), state()
-
-    def field(t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        slope: Tensor = net(t, x)
-        return slope * weight
-
-    model = quietly(lambda: NeuralODE(field, solver="rk4", return_t_eval=False))
-    compare(lambda: model(x, SPAN), [x, weight, *net.parameters()], "symplectic")
-    compare(lambda: torchdyn.numerics.odeint(field, x, SPAN, "rk4")[1], [x, weight, *net.parameters()], "symplectic")
-
-
-@each_mode
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
-def test_fields_that_differentiate_need_not_enable_gradients(solver: str, mode: str) -> None:
-    """Under torchdyn's autograd they are enabled; a replay must find the same."""
-    net = nn.Linear(2, 1).double()
+@pytest.mark.parametrize("field", [Net, Force])
+@pytest.mark.parametrize("entry", ENTRIES)
+@each_mode
+def test_every_entry_is_reached(mode: str, entry: str, field: type[nn.Module], solver: str) -> None:
+    func, x = field(), state()
+    assert_as_autograd(lambda: ENTRIES[entry](func, x, solver), {"x": x} | dict(func.named_parameters()), mode)
 
-    class Force(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = net
 
-        def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-            (force,) = torch.autograd.grad(torch.tanh(self.net(x)).sum(), x, create_graph=True)
-            return force
+@pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])
+@each_mode
+def test_neural_odes_are_exact_whatever_their_sensitivity(mode: str, sensitivity: str) -> None:
+    net, x = Net(), state()
+    wanted = {"x": x} | dict(net.named_parameters())
+    truth = NeuralODE(net, solver="rk4", return_t_eval=False)(x, SPAN)
+    with MODES[mode]():
+        found = NeuralODE(net, solver="rk4", sensitivity=sensitivity, return_t_eval=False)(x, SPAN)
+    assert_equal_values(found, truth)
+    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
-    x = state()
-    model = quietly(lambda: NeuralODE(Force(), solver=solver, return_t_eval=False))
-    for solve in (model, model.trajectory):
-        compare(functools.partial(solve, x, SPAN), [x, net.weight], mode, tolerance=1e-5)
+
+@pytest.mark.parametrize("entry", ["NeuralODE", "odeint"])
+def test_plain_functions_and_what_they_close_over(entry: str) -> None:
+    weight, net, x = uniform(2, seed=5).requires_grad_(), Net(), state()
+    wanted = {"x": x, "weight": weight} | dict(net.named_parameters())
+    assert_as_autograd(
+        lambda: ENTRIES[entry](lambda t, x, args=None: net(t, x) * weight, x, "rk4"), wanted, "symplectic"
+    )
 
 
 def test_a_running_cost_stays_where_the_model_has_it() -> None:
     """Under "autograd" torchdyn carries it in the state, and so it does under a choice."""
-    net = Net()
-    x = torch.cat([torch.zeros(4, 1, dtype=torch.float64), state()], dim=1).detach().requires_grad_()
-
-    def cost(t: Tensor, x: Tensor) -> Tensor:
-        return x.square().sum(1)
-
-    model = quietly(lambda: NeuralODE(net, solver="rk4", return_t_eval=False, integral_loss=cost))
-    truth = model(x, SPAN)
-    with use("symplectic"):
-        found = model(x, SPAN)
-    assert torch.equal(found, truth)
-    gradients, true_gradients = (
-        torch.autograd.grad(solution[-1, :, 0].sum() + solution[-1].sum(), [x, *net.parameters()])
-        for solution in (found, truth)
-    )
-    for one, other in zip(gradients, true_gradients, strict=True):
-        assert torch.allclose(one, other, rtol=1e-11, atol=1e-13)
+    net, x = Net(), torch.cat([torch.zeros(4, 1, dtype=DOUBLE), state()], dim=1).detach().requires_grad_()
+    model = NeuralODE(net, solver="rk4", return_t_eval=False, integral_loss=lambda t, x: x.square().sum(1))
+    assert_as_autograd(lambda: model(x, SPAN), {"x": x} | dict(net.named_parameters()), "symplectic")
 
 
-def test_a_model_that_names_a_mode_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = quietly(lambda: NeuralODE(Net(), solver="rk4", sensitivity="symplectic", return_t_eval=False))
+def test_a_model_that_names_a_mode_keeps_it() -> None:
+    model = NeuralODE(Net(), solver="rk4", sensitivity="symplectic", return_t_eval=False)
     model.adjoint_options = {"checkpoint": "sages"}
     with use("aca"), pytest.raises(ValueError, match="checkpoint"):
         model(state(), SPAN)
@@ -188,7 +135,7 @@ def test_a_model_that_names_a_mode_keeps_it(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_scope_threads_nesting_and_the_default() -> None:
     net, x = Net(), state()
-    model = quietly(lambda: NeuralODE(net, solver="rk4", return_t_eval=False))
+    model = NeuralODE(net, solver="rk4", return_t_eval=False)
 
     def recorded() -> bool:
         return is_recorded(model(x, SPAN))
@@ -221,7 +168,7 @@ class Linear(nn.Linear):
     """Takes states of any shape, as multiple shooting has them."""
 
     def __init__(self, trained: bool) -> None:
-        super().__init__(2, 2, dtype=torch.float64)
+        super().__init__(2, 2, dtype=DOUBLE)
         self.requires_grad_(trained)
 
     def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:  # type: ignore[override]
@@ -229,23 +176,20 @@ class Linear(nn.Linear):
 
 
 def test_what_needs_no_gradient_runs_as_upstream() -> None:
-    x, span = state().detach(), SPAN
+    x = state().detach()
     for model in (
-        quietly(lambda: NeuralODE(Linear(trained=False), solver="ieuler", return_t_eval=False)),
-        quietly(lambda: NeuralODE(lambda t, x, args=None: -x, solver="ieuler", return_t_eval=False)),
-        quietly(lambda: MultipleShootingLayer(Linear(trained=False), solver="zero")),
+        NeuralODE(Linear(trained=False), solver="ieuler", return_t_eval=False),
+        NeuralODE(lambda t, x, args=None: -x, solver="ieuler", return_t_eval=False),
+        MultipleShootingLayer(Linear(trained=False), solver="zero"),
     ):
-        solution = model(x, span)
+        solution = model(x, SPAN)
         with use("symplectic"):
-            found = model(x, span)
-        pairs = [(found, solution)] if isinstance(found, Tensor) else zip(found, solution, strict=True)
-        assert all(torch.equal(one, other) for one, other in pairs)
+            assert_equal_values(model(x, SPAN), solution)
 
 
 def test_what_cannot_be_replayed_is_refused_where_a_gradient_is_needed() -> None:
-    implicit = quietly(lambda: NeuralODE(Net(), solver="ieuler", return_t_eval=False))
-    shooting = quietly(lambda: MultipleShootingLayer(Linear(trained=True), solver="zero"))
-    for model in (implicit, shooting):
+    implicit = NeuralODE(Net(), solver="ieuler", return_t_eval=False)
+    for model in (implicit, MultipleShootingLayer(Linear(trained=True), solver="zero")):
         with use("symplectic"):
             with pytest.raises(NotImplementedError):
                 model(state(), SPAN)
@@ -256,17 +200,15 @@ def test_what_cannot_be_replayed_is_refused_where_a_gradient_is_needed() -> None
 
 
 def test_arguments_of_the_function_that_no_mode_knows_leave_the_solve_to_torchdyn() -> None:
-    net, x = Net(), state()
     with use("symplectic"):
-        _, solution = torchdyn.numerics.odeint(net, x, SPAN, "dopri5", return_all_eval=True)
+        _, solution = torchdyn.numerics.odeint(Net(), state(), SPAN, "dopri5", return_all_eval=True)
     assert solution.requires_grad
     assert not is_recorded(solution)
 
 
-def test_the_packages_own_name_of_the_solver_object_is_not_changed() -> None:
-    solver = RungeKutta4(torch.float64)
+def test_the_users_solver_is_left_as_it_is() -> None:
+    solver = RungeKutta4(DOUBLE)
     before = dict(vars(solver))
     with use("symplectic"):
         torchdyn.numerics.odeint(Net(), state(), SPAN, solver)
     assert vars(solver).keys() == before.keys()
-    assert torchdiffeq_symplectic.context.current() is None
