@@ -25,7 +25,16 @@ from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.tape import Step
 from torchdiffeq_symplectic.uses import Captured, Substituted, derived
 
-__all__ = ["Call", "Field", "Linearisation", "Listener", "detached", "differentiable", "with_graph"]
+__all__ = [
+    "Call",
+    "DifferentiatedTwice",
+    "Field",
+    "Linearisation",
+    "Listener",
+    "detached",
+    "differentiable",
+    "with_graph",
+]
 
 
 class Call(NamedTuple):
@@ -88,16 +97,22 @@ class Listener:
             return self._func(t, y, *args, **kwargs)
         draw = self._conditions.random.get()
         new: Sequence[Tensor] = ()
+        # A solver may differentiate the field itself: by Newton's method, say.
+        linked = torch.is_grad_enabled() and any(
+            isinstance(part, Tensor) and part.requires_grad for part in pytree.tree_leaves(y)
+        )
         if self._captured.looks:
             with self._conditions.autocast():  # without its cache, which would serve later evaluations
-                slope, new = self._captured.evaluate(self._func, t, y, *args, **kwargs)
+                slope, new = self._captured.evaluate(self._func, t, y, *args, linked=linked, **kwargs)
             if self._is_first:
                 self._conditions.evaluated()
             self._is_first = False
+        elif linked:
+            slope = self._func(t, y, *args, **kwargs)
         else:
             slope = self._func(t, detached(y), *args, **kwargs)
             slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
-        self.calls.append(Call(draw, slope if self._keeps_slopes else None, new))
+        self.calls.append(Call(draw, detached(slope) if self._keeps_slopes else None, new))
         return slope
 
     def replace(self, func: Callable[..., Any]) -> None:
@@ -178,6 +193,7 @@ class Field:
     Attributes:
         cuts: whether calls are cut out of the graph of their step.
         holds: whether the graphs of a step's evaluations are made, and alive, together.
+        advancing: whether a step is being done: what it differentiates then is its own affair.
         retains: as given; count: the number of targets.
         gate: between the targets and what they were computed from, where ``linked``.
         products: the products with the targets, summed.
@@ -204,6 +220,7 @@ class Field:
         self.wants_time = wants_time
         self.cuts = True
         self.holds = False
+        self.advancing = False
         self.count = len(targets)
         self.gate = Gate()
         self.products = Products(targets)
@@ -231,10 +248,15 @@ class Field:
         assert self._step is not None
         number, self._number = self._number, self._number + 1
         slopes = self._step.slopes
+        if number >= self._step.calls:
+            raise ReplayError(
+                f"the replay of step {self._step.number} evaluates func more often than the forward pass did, "
+                f"{self._step.calls} times: its solver remembers something of earlier steps or solves out of sight."
+            )
         if not self.cuts:
             slope = self.evaluate(number, t, y, *args, **kwargs)
             key = self._step.number, number
-            if key in self._expected:
+            if key in self._expected and torch.is_grad_enabled():
                 parts = [part for part in pytree.tree_leaves(slope) if isinstance(part, Tensor) and part.requires_grad]
                 self._compare(key, self.reached_by(parts))
             return slope
@@ -277,6 +299,18 @@ class Field:
             for part, recorded in pairs:
                 self._check.slope(self._step.number, part.detach(), recorded, self._step.size)
         return Linearisation(number, value, (*leaves, t) if wants_time else tuple(leaves))
+
+    def products_in(
+        self, linearisation: Linearisation, values: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """The products with the Jacobians in the leaves alone, None for zero."""
+        pairs = [(a, b) for a, b in zip(values, cotangents, strict=True) if b is not None and a.requires_grad]
+        able = [leaf for leaf in linearisation.leaves if leaf.requires_grad]
+        if not pairs or not able:
+            return [None] * len(linearisation.leaves)
+        ends, given = zip(*pairs, strict=True)
+        found = iter(torch.autograd.grad(ends, able, given, retain_graph=self.retains, allow_unused=True))
+        return [next(found) if leaf.requires_grad else None for leaf in linearisation.leaves]
 
     def pull_back(
         self, linearisation: Linearisation, values: Sequence[Tensor], cotangents: Sequence[Tensor | None]
@@ -383,6 +417,10 @@ class _CutCall:
             return self.field.evaluate(self.number, t.detach(), self.pack(y), *self.args, **self.kwargs)
 
 
+class DifferentiatedTwice(Exception):  # noqa: N818 (caught: no error)
+    """A step differentiates the field, and is a function of the result: such an evaluation cannot be cut out."""
+
+
 class _Cut(torch.autograd.Function):
     """One evaluation whose graph lives only while it is pulled back."""
 
@@ -400,10 +438,17 @@ class _Cut(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _CutCall = ctx.call
+        if call.field.advancing and torch.is_grad_enabled():
+            raise DifferentiatedTwice
         linearisation, call.linearisation = call.linearisation, None
         if linearisation is None:
             linearisation = call.field.linearise(call.number, *ctx.saved_tensors, call=call)
         values = [part for part in pytree.tree_leaves(linearisation.value) if isinstance(part, Tensor)]
-        found = call.field.pull_back(linearisation, values, cotangents)
+        cotangents = tuple(  # a slope that broadcasts may have been recorded with another number of dimensions
+            part if part is None or part.shape == value.shape else part.view_as(value)
+            for value, part in zip(values, cotangents, strict=True)
+        )
+        products = call.field.products_in if call.field.advancing else call.field.pull_back
+        found = products(linearisation, values, cotangents)
         t = found.pop() if call.wants_time else None
         return (None, t, *found)

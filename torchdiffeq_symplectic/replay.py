@@ -218,8 +218,7 @@ class ReplayCheck:
             return
         if recorded.device.type == "cpu" and torch.equal(replayed, recorded):
             return
-        if replayed.shape != recorded.shape or replayed.dtype != recorded.dtype:
-            replayed = replayed.to(recorded.dtype).expand(recorded.shape)
+        replayed, recorded = torch.broadcast_tensors(replayed.to(recorded.dtype), recorded)
         deviation, scale = torch._foreach_norm((replayed - recorded, recorded), torch.inf)
         self._add(number, deviation * size.abs(), scale * size.abs())
 

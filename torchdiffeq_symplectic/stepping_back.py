@@ -70,7 +70,9 @@ class Recovery:
     def _recovered(self, step: Step) -> list[Tensor]:
         assert step.after is not None
         after = step.after
-        back = dataclasses.replace(step, start=step.end, size=-step.size, end=step.start, times=(), inside=range(0))
+        # The same map once more where it has one stage, as in a residual network; else the step of the opposite size.
+        start = step.start if step.calls == 1 else step.end
+        back = dataclasses.replace(step, start=start, size=-step.size, end=step.start, times=(), inside=range(0))
         there = dataclasses.replace(step, times=(), inside=range(0))
         limit = self._corrections
         if limit is None:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.field import DifferentiatedTwice, Field
 from torchdiffeq_symplectic.graph import Gated
 from torchdiffeq_symplectic.replay import ReplayCheck
-from torchdiffeq_symplectic.tape import Keep, Step, Stepper, Tape, Times
+from torchdiffeq_symplectic.tape import Keep, Step, Stepper, Tape, Times, norm_of
 
 __all__ = ["Gradients", "backpropagate", "sweep"]
 
@@ -101,8 +101,7 @@ def _pull_back(
     """
     carry = [_leaf(part) for part in step.carry if part is not None]
     moving = dataclasses.replace(step) if times is None else times.leaves_of(step)
-    with torch.enable_grad():
-        after, outputs = stepper.advance(moving, field, carry)
+    after, outputs = _advanced(stepper, moving, field, carry)
     if step.after is not None:
         for part, recorded in zip(after, step.after, strict=False):
             check.step(step.number, part.detach(), recorded)
@@ -115,7 +114,7 @@ def _pull_back(
     if times is not None:
         wanted += times.leaves(moving)
     numbers: list[int] = []
-    if stepper.has_tensors:
+    if stepper.has_tensors or not field.cuts:
         numbers, tensors = field.direct()
         wanted += tensors
     found = _gradients(values, wanted, cotangents, retain_graph=field.retains)
@@ -126,6 +125,23 @@ def _pull_back(
     for i, product in zip(able, found, strict=False):
         result[i] = product
     return result
+
+
+def _advanced(
+    stepper: Stepper, step: Step, field: Field, carry: Sequence[Tensor]
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The step with its graph, without that of the field's evaluations where these can be cut out."""
+    field.advancing = True
+    try:
+        with torch.enable_grad():
+            try:
+                return stepper.advance(step, field, carry)
+            except DifferentiatedTwice:
+                field.cuts = False
+                field.start_step(step)
+                return stepper.advance(step, field, carry)
+    finally:
+        field.advancing = False
 
 
 def backpropagate(
@@ -192,7 +208,7 @@ def _replayed(
         state = carry[: len(initial)]
         for part, recorded in zip(state, step.after or (), strict=False):
             if tape.keep is Keep.NORMS:
-                check.norm(n, torch.linalg.vector_norm(part.detach()), recorded)
+                check.norm(n, norm_of(part), recorded)
             else:
                 check.step(n, part.detach(), recorded)
         rows |= zip(step.inside, outputs, strict=True)

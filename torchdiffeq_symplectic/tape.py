@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-__all__ = ["Keep", "Linear", "Recording", "Step", "Stepper", "Tape", "Times"]
+__all__ = ["Keep", "Linear", "Recording", "Step", "Stepper", "Tape", "Times", "norm_of"]
 
 
 class Keep(enum.Enum):
@@ -30,6 +30,12 @@ class Keep(enum.Enum):
     """The carry: the state, and slopes of earlier steps that cannot be evaluated again from it."""
     SLOPES = "slopes"
     """The carry and all slopes."""
+
+
+def norm_of(part: Tensor) -> Tensor:
+    """The 2-norm of a part of a state, which may be of whole numbers; 0-d."""
+    part = part.detach()
+    return torch.linalg.vector_norm(part if part.is_floating_point() or part.is_complex() else part.double())
 
 
 class Times(NamedTuple):
@@ -239,7 +245,7 @@ class Recording:
 
     def _kept_state(self, state: Sequence[Tensor]) -> list[int | None]:
         if self.keep is Keep.NORMS:
-            return [self._keep(torch.linalg.vector_norm(part.detach())) for part in state]
+            return [self._keep(norm_of(part)) for part in state]
         entry = self.entries[-1]
         if self._is_row(entry) and all(
             part.is_contiguous() and part.dtype == first.dtype for part, first in zip(state, self.initial, strict=True)

@@ -8,7 +8,7 @@ import functools
 import gc
 import types
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
@@ -208,27 +208,33 @@ class Captured:
         return any(mark() is not None for mark in self._marks[:-1])
 
     def evaluate(
-        self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, **kwargs: Any
+        self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, linked: bool = False, **kwargs: Any
     ) -> tuple[Any, list[Tensor]]:
-        """``func(t, y)`` as under backpropagation, its tensors detached, and the captured tensors that are new."""
+        """``func(t, y)`` as under backpropagation, and the captured tensors that are new.
+
+        The result has no graph, unless it is ``linked`` to that of ``y``.
+        """
         self._looks += 1
         t = t.detach()
         with torch.enable_grad(), _saved_as_they_are():
             parts, rebuild = pytree.tree_flatten(y)
-            given = [_leaf(part) for part in parts]
+            given = parts if linked else [_leaf(part) for part in parts]
+            stops = {edge_of(part) for part in given if _needs_grad(part)} if linked else set()
             since = now()
-            entering = [_Mark.apply(part, self._marks) if _needs_grad(part) else part for part in given]
+            entering = [_Mark.apply(part, self._marks) if _needs_grad(part) and not linked else part for part in given]
             result = func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
             results = [part for part in pytree.tree_leaves(result) if _needs_grad(part)]
             roots = list(map(edge_of, results))
-            new = self._look(roots, since, given)
+            new = self._look(roots, since, given, stops=stops)
             if new is None:  # a tensor that is held out of sight: watch the operations that it goes into
                 draw = None if self._random is None else self._random.get()
                 with _Witness(self._known):
                     func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
                 if self._random is not None and draw is not None:
                     self._random.set(draw)
-                new = self._look(roots, since, given, final=True) or []
+                new = self._look(roots, since, given, final=True, stops=stops) or []
+        if linked:
+            return result, new
         self._marks = [mark for mark in self._marks if mark() is not None]
         return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), new
 
@@ -243,9 +249,17 @@ class Captured:
         self._look(roots, -1, list(starts), final=True)
         return any(leaf is start for leaf in leaves for start in starts)
 
-    def _look(self, roots: Iterable[Edge], since: int, given: list[Tensor], final: bool = False) -> list[Tensor] | None:
+    def _look(
+        self,
+        roots: Iterable[Edge],
+        since: int,
+        given: list[Tensor],
+        final: bool = False,
+        stops: Set[Edge] = frozenset(),
+    ) -> list[Tensor] | None:
         """The captured tensors that are new; None if one is met whose holder is not known."""
-        met, leaves = reached(roots, self._known, since)
+        met, leaves = reached(roots, self._known.keys() | stops if stops else self._known, since)
+        met = [edge for edge in met if edge not in stops]
         unknown = [edge for edge in met if edge not in self._known]
         if unknown and not final:
             return None

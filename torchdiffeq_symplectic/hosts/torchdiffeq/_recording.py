@@ -31,7 +31,8 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, listener: Listener) -> None:
         """Record the solve that follows."""
-        self.settings = {name: value for name, value in vars(self).items() if name not in _OF_A_SOLVE}
+        excluded = _OF_A_SOLVE | _OF_STEP_SIZES
+        self.settings = {name: value for name, value in vars(self).items() if name not in excluded}
         self.recording = recording
         self._listener = listener
         self._accepted: list[tuple[Tensor, Tensor]] = []
@@ -293,13 +294,11 @@ def _same(one: Any, other: Any) -> bool:
     return one is other
 
 
-# A step done again needs neither the solve's tensors nor what chooses its size.
-_OF_A_SOLVE = frozenset(
-    {
-        "func", "y0", "grid_constructor", "_grid", "step_t", "jump_t", "norm", "rtol", "atol", "min_step", "max_step",
-        "first_step", "safety", "ifactor", "dfactor", "max_num_steps",
-    }
-)  # fmt: skip
+# A step done again needs neither the solve's own tensors nor, where it does not iterate, what chooses its size.
+_OF_A_SOLVE = frozenset({"func", "y0", "grid_constructor", "_grid", "step_t", "jump_t", "norm"})
+_OF_STEP_SIZES = frozenset(
+    {"rtol", "atol", "min_step", "max_step", "first_step", "safety", "ifactor", "dfactor", "max_num_steps"}
+)
 _OF_THE_RECORDER = frozenset(
     {
         "func", "y0", "grid_constructor", "settings", "recording", "_listener", "_starts", "_sizes", "_ends", "_output", "_attempt",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from torchdiffeq_symplectic.field import Call, Listener, detached, differentiable
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of
@@ -137,8 +138,9 @@ class Recorder:
             def linked(t: Tensor, y: Any, *rest: Any, **kwargs: Any) -> Any:
                 slope = f(t.detach(), detached(y), *rest, **kwargs)
                 func = functools.partial(f, **kwargs) if kwargs else f
-                parts = _Linked.apply(func, rest, self._keys, parts_of(slope, self._keys), t, *parts_of(y, self._keys))
-                return state_of(parts, self._keys)
+                parts, structure = pytree.tree_flatten(slope)
+                linked = _Linked.apply(func, rest, self._keys, parts, t, *parts_of(y, self._keys))
+                return pytree.tree_unflatten(linked, structure)
 
             result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
             if not self._captured.look_at_step(parts_of(result[1], self._keys), start):
@@ -314,7 +316,7 @@ class _Linked(torch.autograd.Function):
         with torch.enable_grad():
             leaves = [part.detach().requires_grad_(differentiable(part)) for part in ctx.saved_tensors]
             t, *y = leaves
-            slope = parts_of(ctx.func(t, state_of(y, ctx.keys), *ctx.rest), ctx.keys)
+            slope = pytree.tree_leaves(ctx.func(t, state_of(y, ctx.keys), *ctx.rest))
         pairs = [(a, b) for a, b in zip(slope, cotangents, strict=True) if b is not None and a.requires_grad]
         if not pairs:
             return (None,) * (4 + len(leaves))
