@@ -1,7 +1,7 @@
 """What ``torchdiffeq-symplectic check`` takes for granted of torchdyn besides the modes' own seams.
 
 Each failure says what a new torchdyn does otherwise; where it is used stands in
-``torchdiffeq_symplectic/hosts/torchdyn/_methods.py``.
+``torchdiffeq_symplectic/experiments/check/methods.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torchdyn.numerics import odeint
 from torchdyn.numerics.solvers import hyper
 from torchdyn.numerics.solvers.ode import MS_SOLVER_DICT, SOLVER_DICT
 
-from torchdiffeq_symplectic.hosts.torchdyn import methods
+from torchdiffeq_symplectic.experiments.check.methods import torchdyn_methods
 
 MODULE = sys.modules["torchdyn.numerics.odeint"]  # the package has a function of this name as well
 TOLERANCES = {"atol": 1e-3, "rtol": 1e-3}  # those that torchdyn's odeint says nothing of
@@ -53,7 +53,7 @@ def test_the_function_that_chooses_the_first_step_is_looked_up_at_each_solve(
 
 
 def test_every_class_of_solvers_is_measured() -> None:
-    names = [method.name for method in methods()]
+    names = [method.name for method in torchdyn_methods()]
     assert len(set(names)) == len(names)
     for table in (SOLVER_DICT, MS_SOLVER_DICT):
         for solver in set(table.values()):

@@ -20,7 +20,7 @@ CONTENDERS = {contender.name: contender for contender in installed()}
 
 
 class Pair(Net):
-    def forward(self, t: Tensor, y: Any) -> Any:
+    def forward(self, t: Tensor, y: Any) -> Any:  # type: ignore[override]
         return super().forward(t, y[0]), y[0].sum(dim=1) * y[1]
 
 

@@ -20,7 +20,7 @@ BACKPROPAGATION = CONTENDERS["backpropagation"]
 
 
 class Pair(Net):
-    def forward(self, t: Tensor, y: Any) -> Any:
+    def forward(self, t: Tensor, y: Any) -> Any:  # type: ignore[override]
         return super().forward(t, y[0]), y[0].sum(dim=1) * y[1]
 
 
@@ -132,7 +132,7 @@ def test_what_cannot_be_compared_is_refused() -> None:
         compare(problem(), [CONTENDERS["aca"]])
 
     class Noisy(Net):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(t, y) + torch.randn_like(y)
 
     with pytest.raises(RuntimeError, match="fix its noise"):

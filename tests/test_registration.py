@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -12,15 +12,14 @@ import torchdiffeq
 from old_harness import Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 from torchdiffeq._impl import adjoint
-from torchdiffeq_symplectic.check import ReplayCheck
-from torchdiffeq_symplectic.cotangents import Gradients
-from torchdiffeq_symplectic.modes.baseline import backpropagate
-from torchdiffeq_symplectic.trajectory import Trajectory
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import register, unregister
 from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.modes import Mode
+from torchdiffeq_symplectic.replay import ReplayCheck
+from torchdiffeq_symplectic.sweep import Gradients, backpropagate
+from torchdiffeq_symplectic.tape import Stepper, Tape, Times
 
 USE = """
 import torch
@@ -184,8 +183,16 @@ class Oracle(Mode):
 
     name = "oracle"
 
-    def backward(self, trajectory: Trajectory, field: Field, outputs: Tensor, check: ReplayCheck) -> Gradients:
-        return backpropagate(trajectory, field, outputs, check, create_graph=False)
+    def backward(
+        self,
+        tape: Tape,
+        stepper: Stepper,
+        field: Field,
+        check: ReplayCheck,
+        outputs: Sequence[Tensor | None],
+        times: Times,
+    ) -> Gradients:
+        return backpropagate(tape, stepper, field, check, outputs, times, create_graph=False)
 
 
 def test_a_mode_is_one_class_and_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -78,7 +78,7 @@ def test_captured_leaf_of_a_module(mode: str, entry: str) -> None:
     forgotten = torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
 
     class Conditioned(Net):
-        def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        def forward(self, t: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
             return super().forward(t, y) * forgotten.sum()
 
     loss = loss_of(call(entry, mode, Conditioned()))

@@ -94,7 +94,7 @@ def test_two_threads_that_solve_and_differentiate(mode: str, method: str) -> Non
 
     # torchdyn's first step is held by a patch, so that the truth is computed in one thread.
     truths = [run(BACKPROPAGATION, y0) for y0 in states]
-    found = in_threads(*(lambda y0=y0: run(mode, y0) for y0 in states))  # type: ignore[misc]
+    found = in_threads(*(lambda y0=y0: run(mode, y0) for y0 in states))
     assert max(error(one, truth) for one, truth in zip(found, truths, strict=True)) < 1e-11
 
 

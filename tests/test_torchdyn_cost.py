@@ -108,7 +108,7 @@ def kept(mode: str, solver: str, steps: int) -> int:
     ],
 )
 def test_states_that_are_kept_for_each_step(mode: str, solver: str, states: int) -> None:
-    """Beside the outputs. An adaptive step starts from a slope that differs from the field's by rounding: it is kept."""
+    """Beside the outputs. An adaptive step starts from a slope that differs from the field's by rounding."""
     few, many = (kept(mode, solver, steps) for steps in (10, 30))
     state = STATE.nbytes
     assert 20 * states * state <= many - few <= 20 * (states + 0.05) * state

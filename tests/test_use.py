@@ -13,12 +13,12 @@ import pytest
 import torch
 import torchdiffeq
 from cases import Mixing, uniform
-from torchdiffeq_symplectic.cotangents import Gradients
-from torchdiffeq_symplectic.trajectory import Trajectory
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES, register, set_default, unregister, use
 from torchdiffeq_symplectic.modes import Mode
+from torchdiffeq_symplectic.sweep import Gradients
+from torchdiffeq_symplectic.tape import Keep, Tape
 
 T = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
 UPSTREAM = "upstream"
@@ -39,9 +39,9 @@ def differentiated(monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     def spied(mode: type[Mode]) -> Callable[..., Gradients]:
         backward: Callable[..., Gradients] = mode.backward
 
-        def noted(self: Mode, trajectory: Trajectory, *arguments: Any) -> Gradients:
-            used.append(self.name + ("-stages" if trajectory.has_slopes else ""))
-            return backward(self, trajectory, *arguments)
+        def noted(self: Mode, tape: Tape, *arguments: Any) -> Gradients:
+            used.append(self.name + ("-stages" if tape.keep is Keep.SLOPES else ""))
+            return backward(self, tape, *arguments)
 
         return noted
 

@@ -17,7 +17,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq import odeint_adjoint
 from torchdiffeq_symplectic.modes import MODES
 from torchdiffeq_symplectic.registry import register, unregister
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     # solving

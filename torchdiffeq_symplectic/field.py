@@ -93,6 +93,7 @@ class Listener:
         return bool(self.calls) and not torch.equal(self.calls[0].draw, self._conditions.random.get())
 
     def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """The slope, as the host is to have it."""
         if self._conditions is None or self._captured is None:
             return self._func(t, y, *args, **kwargs)
         draw = self._conditions.random.get()

@@ -90,9 +90,11 @@ class Gated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, gate: Gate) -> Tensor:
+        """The tensor itself."""
         ctx.gate = gate
         return tensor.view_as(tensor)
 
     @staticmethod
     def backward(ctx: Any, *products: Tensor) -> tuple[Tensor | None, None]:
+        """The products, where the gate is open."""
         return None if ctx.gate.closed else products[0], None

@@ -238,4 +238,4 @@ def configured(
     if check not in list(REPLAY_CHECKS):
         raise ValueError(f'adjoint_options["replay_check"] must be one of {REPLAY_CHECKS}, but is {check!r}')
     own = {name: value for name, value in options.items() if name in mode.options}
-    return dataclasses.replace(mode, **own) if own else mode, str(check)  # type: ignore[arg-type]
+    return dataclasses.replace(mode, **own) if own else mode, str(check)

@@ -52,8 +52,9 @@ class Products:
         if not self._sums:
             return
         totals = [self._totals[i] for i in self._indices]
-        if all(total is not None and not total.is_sparse for total in totals):
-            torch._foreach_add_(totals, self._sums)
+        dense = [total for total in totals if total is not None and not total.is_sparse]
+        if len(dense) == len(totals):
+            torch._foreach_add_(dense, self._sums)
         else:
             for i, total, sum_ in zip(self._indices, totals, self._sums, strict=True):
                 self._totals[i] = sum_ if total is None else total + sum_

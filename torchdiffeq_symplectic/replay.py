@@ -53,7 +53,7 @@ class Conditions:
         self._values: list[tuple[Place, Tensor]] | None = None
 
     def evaluated(self) -> None:
-        """Called after the first evaluation, which may have filled what was empty: note which tensors are held where."""
+        """Called after the first evaluation, which may have filled what was empty: note what is held where."""
         places = list(self._places)
         # What it set for the first time is held where nothing, or no tensor, was before.
         known = {(id(table), key) for table, key in places}
@@ -244,13 +244,14 @@ class ReplayCheck:
         if not bool(bad.any()):
             return
         worst = int(torch.where(bad, deviation.nan_to_num(torch.inf), -1).argmax())
+        steps = len({step for step, wrong in zip(self._steps, bad.tolist(), strict=True) if wrong})
         message = (
             f"the replay of this solve differs from its forward pass: after step {self._steps[worst]} by "
-            f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in "
-            f"{len({step for step, wrong in zip(self._steps, bad.tolist(), strict=True) if wrong})} steps). The gradient would not be that of the forward pass. Something that func depends "
-            "on has changed since: noise drawn again for a second solve, a module in training mode that changes with "
-            "each call (spectral norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed "
-            'until after backward, or pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
+            f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in {steps} steps). "
+            "The gradient would not be that of the forward pass. Something that func depends on has changed since: noise "
+            "drawn again for a second solve, a module in training mode that changes with each call (spectral norm), "
+            "tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, or pass "
+            'adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
         )
         if self._action == "error":
             raise ReplayError(message)

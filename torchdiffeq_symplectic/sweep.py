@@ -157,7 +157,11 @@ def backpropagate(
     """Replay the whole solve with its graph, and backpropagate; with ``create_graph`` differentiably.
 
     Args:
-        tape, stepper, field, check, outputs: as for `sweep`.
+        tape: as for `sweep`.
+        stepper: as for `sweep`.
+        field: as for `sweep`.
+        check: as for `sweep`.
+        outputs: as for `sweep`.
         times: of the solve.
         create_graph: whether the gradients are to be functions of initial state, times and the tensors used.
     """

@@ -1,8 +1,8 @@
 """The tape of a solve: its accepted steps, each a map from one carry to the next and to the outputs inside it.
 
-A host's adapter fills a `Recording` while the host's own solver runs. Its tensors go through ``save_for_backward`` of the
-one autograd function; what stays on the recording are integers. In backward a `Tape` joins the two again and hands out
-one `Step` after the other.
+A host's adapter fills a `Recording` while the host's own solver runs. Its tensors go through ``save_for_backward`` of
+the one autograd function; what stays on the recording are integers. In backward a `Tape` joins the two again and hands
+out one `Step` after the other.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Keep(enum.Enum):
 def norm_of(part: Tensor) -> Tensor:
     """The 2-norm of a part of a state, which may be of whole numbers; 0-d."""
     part = part.detach()
-    return torch.linalg.vector_norm(part if part.is_floating_point() or part.is_complex() else part.double())
+    norm: Tensor = torch.linalg.vector_norm(part if part.is_floating_point() or part.is_complex() else part.double())
+    return norm
 
 
 class Times(NamedTuple):

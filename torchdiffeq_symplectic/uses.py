@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from torchdiffeq_symplectic.graph import Edge, edge_of, is_behind, now, reached
 from torchdiffeq_symplectic.random_state import RandomState
 
-__all__ = ["Captured", "Held", "Place", "Substituted", "derived", "search"]
+__all__ = ["Captured", "Held", "Place", "Substituted", "derived", "refuse_sharded", "search"]
 
 Place = tuple[MutableMapping[Any, Any] | types.CellType, Any]
 """Where a tensor is kept: a dictionary and its key, or the cell of a closure and None."""
@@ -71,6 +71,7 @@ def search(*roots: object) -> Held:
         if isinstance(part, _PLAIN) or id(part) in seen or type(part) in weakref.ProxyTypes:
             continue
         seen[id(part)] = part
+        kind: Any = type(part)
         if isinstance(part, Tensor):
             tensors.append(part)
         elif isinstance(part, nn.Module):
@@ -80,7 +81,7 @@ def search(*roots: object) -> Held:
                 look_into(attributes.get(name, {}), list(attributes.get(name, {})))
             look_into(attributes, [name for name in attributes if name not in _OF_EVERY_MODULE])
             queue.extend(part.children())
-            queue.extend(_functions_of(type(part)))
+            queue.extend(_functions_of(kind))
         elif isinstance(part, types.FunctionType):
             queue.extend((part.__defaults__ or (), part.__kwdefaults__ or {}))
             for cell in part.__closure__ or ():
@@ -100,10 +101,25 @@ def search(*roots: object) -> Held:
         elif isinstance(part, list | tuple | set | frozenset | collections.deque):
             queue.extend(part)
         else:
-            queue.extend(_functions_of(type(part)))
-            queue.extend(getattr(part, name, None) for name in _slots_of(type(part)))
+            queue.extend(_functions_of(kind))
+            queue.extend(getattr(part, name, None) for name in _slots_of(kind))
             look_into(getattr(part, "__dict__", {}), list(getattr(part, "__dict__", {})))
     return Held(list(modules), tensors, places)
+
+
+def refuse_sharded(func: object, held: Held) -> None:
+    """Raise NotImplementedError if ``func`` calls a module that ``fully_shard`` was applied to.
+
+    Such a module gathers its parameters when it is called and gives them up after it, so backward has none to
+    differentiate with respect to. A bound method is not a call of its module.
+    """
+    for module in held.modules:
+        is_sharded = any(cls.__name__ == "FSDPModule" for cls in type(module).__mro__)
+        if is_sharded and module is not getattr(func, "__self__", None):
+            raise NotImplementedError(
+                f"func holds a module that fully_shard was applied to ({type(module).__name__}), whose parameters would "
+                "get no gradient. Apply fully_shard to the module that contains the whole solve instead."
+            )
 
 
 @functools.lru_cache(maxsize=1024)

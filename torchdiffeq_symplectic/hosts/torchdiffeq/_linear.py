@@ -1,7 +1,7 @@
-"""The adjoint of explicit Runge-Kutta steps by matrix-vector products, for speed: autograd does no step's arithmetic.
+"""The adjoint of explicit Runge-Kutta steps by matrix-vector products, for speed: no step's arithmetic under autograd.
 
-A step of ``s`` stages, slope ``k_1`` carried in or its own, and its adjoint, with ``lambda`` the cotangent of the state,
-``kappa`` that of the slope carried on and ``gamma_m`` that of an output inside:
+A step of ``s`` stages, slope ``k_1`` carried in or its own, and its adjoint, with ``lambda`` the cotangent of the
+state, ``kappa`` that of the slope carried on and ``gamma_m`` that of an output inside:
 
     Y_i = y + h sum_j<i a_ij k_j        y+ = y + h sum_i b_i k_i        u_m = y + h sum_i B_i(theta_m) k_i
 
@@ -10,8 +10,8 @@ A step of ``s`` stages, slope ``k_1`` carried in or its own, and its adjoint, wi
     lambda = lambda+ + sum_m gamma_m + sum_i xi_i        (kappa = l_1 where k_1 is carried in)
 
 The stage states are formed by the very operations that torchdiffeq issues, in its layout, so they are the forward
-pass's bit for bit; each step checks its new state. Where a release forms them another way, `forms_states_of` says so, and
-every step goes the general way.
+pass's bit for bit; each step checks its new state. Where a release forms them another way, `forms_states_of` says so,
+and every step goes the general way.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Coefficients(NamedTuple):
 
 
 class _Sweep:
-    """One buffer a solve: a column each for the stages and for lambda. Column ``c`` turns from ``k_c`` into ``xi_c``."""
+    """One buffer a solve, a column a stage and one for lambda. Column ``c`` turns from ``k_c`` into ``xi_c``."""
 
     def __init__(self, coefficients: Coefficients, tape: Tape, field: Field, check: ReplayCheck) -> None:
         (initial,) = tape.initial
@@ -279,7 +279,7 @@ class FixedSweep(_Sweep):
 
 
 class _Listing:
-    """In the place of the field while a step forms its stage states: lists them, and evaluates the last with its graph."""
+    """In the place of the field while a step forms its stage states; evaluates the last with its graph."""
 
     def __init__(self, field: Field, step: Step) -> None:
         self._field, self._step = field, step

@@ -301,7 +301,7 @@ _OF_STEP_SIZES = frozenset(
 )
 _OF_THE_RECORDER = frozenset(
     {
-        "func", "y0", "grid_constructor", "settings", "recording", "_listener", "_starts", "_sizes", "_ends", "_output", "_attempt",
-        "_outputs", "_last", "_latest_output", "_in_event", "_at_first", "_grid",
+        "func", "y0", "grid_constructor", "settings", "recording", "_listener", "_starts", "_sizes", "_ends", "_output",
+        "_attempt", "_outputs", "_last", "_latest_output", "_in_event", "_at_first", "_grid",
     }
 )  # fmt: skip

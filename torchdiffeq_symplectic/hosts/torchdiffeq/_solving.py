@@ -30,7 +30,7 @@ from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, missing_gradients, warn_of_escaped, warn_of_missing
 from torchdiffeq_symplectic.tape import Keep, Recording
-from torchdiffeq_symplectic.uses import Captured, Held, search
+from torchdiffeq_symplectic.uses import Captured, Held, refuse_sharded, search
 
 __all__ = ["Call", "solve"]
 
@@ -96,6 +96,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
             raise
         return _plain(call, _Looking(call, refusal))
     held = search(call.given)
+    refuse_sharded(call.given, held)
     conditions = Conditions(held, call.y0.device)
     watched = [tensor for tensor in held.tensors if call.params is None or not tensor.is_leaf]
     captured = Captured(held.tensors, conditions.random, watched)
@@ -219,8 +220,8 @@ def _recording_solver(mode: Mode, call: Call) -> Any:
     name = f'method="{call.method}" cannot be differentiated by adjoint_method="{mode.name}"'
     if recording is None:
         raise UnsupportedSolverError(
-            f"{name}: {solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver. Use another method, "
-            "or leave this solve to torchdiffeq: by one of its own adjoint methods or, inside "
+            f"{name}: {solver.__name__} is neither an adaptive Runge-Kutta nor a fixed-grid solver. Use another "
+            "method, or leave this solve to torchdiffeq: by one of its own adjoint methods or, inside "
             "torchdiffeq_symplectic.use, by `with torchdiffeq_symplectic.use(None):`."
         )
     instance = _solver(recording, call, call.func)
@@ -230,7 +231,7 @@ def _recording_solver(mode: Mode, call: Call) -> Any:
     if mode.keep is Keep.OUTPUTS and not one_step:
         raise UnsupportedSolverError(
             f"{name}: its steps start from slopes of earlier steps, which stepping back does not recover. Use "
-            'adjoint_method="symplectic", or a method whose steps start from the state alone, such as "rk4" or "dopri5".'
+            'adjoint_method="symplectic", or a method that starts from the state alone, such as "rk4" or "dopri5".'
         )
     return instance
 

@@ -135,7 +135,7 @@ class Grid(NamedTuple):
 
 
 class FixedStepper:
-    """Steps of torchdiffeq's fixed-grid solvers; the carry is the state, and what the solver remembers of earlier steps.
+    """Steps of torchdiffeq's fixed-grid solvers; the carry is the state, and what the solver remembers.
 
     Args:
         solver: an instance that has finished; what it holds of the solve is dropped.
@@ -184,7 +184,7 @@ class FixedStepper:
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
         (initial,) = tape.initial
-        coefficients = _linear.coefficients_of(type(self._solver))
+        coefficients = _linear.coefficients_of(self._solver.__class__)
         if coefficients is None or not initial.dtype.is_floating_point:
             return None
         return _linear.FixedSweep(coefficients, self, tape, field, check)
@@ -192,6 +192,6 @@ class FixedStepper:
 
 def _bare(solver: Any) -> Any:
     """The host's own solver as it was before its solve, without what is of that alone."""
-    bare = object.__new__(type(solver).__bases__[1])  # the first is the recorder
+    bare: Any = object.__new__(type(solver).__bases__[1])  # the first is the recorder
     vars(bare).update(solver.settings)
     return bare

@@ -19,7 +19,7 @@ from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, warn_of_escaped
 from torchdiffeq_symplectic.tape import Recording
-from torchdiffeq_symplectic.uses import Captured, search
+from torchdiffeq_symplectic.uses import Captured, refuse_sharded, search
 
 __all__ = ["Call", "PlainField", "needs_gradient", "solve"]
 
@@ -111,6 +111,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     keys = None if isinstance(call.x, Tensor) else list(call.x)
     parts = parts_of(call.x, keys)
     held, watched = _watched(call.vf, call.solver, call.integral_loss, call.args)
+    refuse_sharded(call.vf, held)
     conditions = Conditions(held, parts[0].device)
     captured = Captured(held.tensors, conditions.random, watched)
     func = with_graph(call.vf) if call.graph else call.vf
