@@ -17,8 +17,9 @@ from cases import Mixing, uniform
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES, register, set_default, unregister, use
 from torchdiffeq_symplectic.modes import Mode
+from torchdiffeq_symplectic.recording import Keep
 from torchdiffeq_symplectic.sweep import Gradients
-from torchdiffeq_symplectic.tape import Keep, Tape
+from torchdiffeq_symplectic.tape import Tape
 
 T = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
 UPSTREAM = "upstream"

@@ -1,4 +1,4 @@
-"""The field of a solve: listened to while the host solves, and evaluated again in backward.
+"""The field of a solve, evaluated again in backward.
 
 In backward an evaluation is *cut* out of the graph of its step: a cut call keeps only ``(t, Y)``. When its cotangent
 arrives, the field is evaluated there once more with its graph, pulled back, and dropped. So the graph of one evaluation
@@ -17,147 +17,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchdiffeq_symplectic.cut import Cut, CutCall
 from torchdiffeq_symplectic.engine import vector_jacobian_products
 from torchdiffeq_symplectic.errors import ReplayError
 from torchdiffeq_symplectic.graph import Gate, Gated, edge_of, reached
+from torchdiffeq_symplectic.listener import differentiable
 from torchdiffeq_symplectic.products import Products
 from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.tape import Step
-from torchdiffeq_symplectic.uses import Captured, Substituted, derived
+from torchdiffeq_symplectic.uses import Substituted, derived
 
-__all__ = [
-    "Call",
-    "DifferentiatedTwice",
-    "Field",
-    "Linearisation",
-    "Listener",
-    "detached",
-    "differentiable",
-    "with_graph",
-]
-
-
-class Call(NamedTuple):
-    """An evaluation of the field in the forward pass.
-
-    Attributes:
-        draw: the random state before it.
-        slope: what it gave, if that is kept.
-        new: captured tensors that it reached and no evaluation before it.
-    """
-
-    draw: Tensor
-    slope: Any
-    new: Sequence[Tensor]
-
-
-class Listener:
-    """The field in the place where a host's solver calls it. Once it is `closed`, nothing but the field.
-
-    Args:
-        func: ``func(t, y, ...)``.
-        conditions: what else it depends on.
-        captured: finds the tensors that it uses.
-        keeps_slopes: whether slopes are kept.
-
-    Attributes:
-        calls: the evaluations since `start_step`.
-    """
-
-    def __init__(
-        self,
-        func: Callable[..., Any],
-        conditions: Conditions,
-        captured: Captured,
-        *,
-        keeps_slopes: bool = False,
-    ) -> None:
-        self._func = func
-        self._conditions: Conditions | None = conditions
-        self._captured: Captured | None = captured
-        self._is_first = True
-        self._keeps_slopes = keeps_slopes
-        self.calls: list[Call] = []
-
-    def start_step(self) -> None:
-        """Forget the evaluations so far."""
-        self.calls = []
-
-    @property
-    def drew(self) -> bool:
-        """Whether an evaluation since `start_step` drew random numbers, or one made elsewhere since.
-
-        Asked once a step: reading the random state is quick, comparing it is not.
-        """
-        assert self._conditions is not None
-        return bool(self.calls) and not torch.equal(self.calls[0].draw, self._conditions.random.get())
-
-    def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
-        """The slope, as the host is to have it."""
-        if self._conditions is None or self._captured is None:
-            return self._func(t, y, *args, **kwargs)
-        draw = self._conditions.random.get()
-        new: Sequence[Tensor] = ()
-        # A solver may differentiate the field itself: by Newton's method, say.
-        linked = torch.is_grad_enabled() and any(
-            isinstance(part, Tensor) and part.requires_grad for part in pytree.tree_leaves(y)
-        )
-        if self._captured.looks:
-            with self._conditions.autocast():  # without its cache, which would serve later evaluations
-                slope, new = self._captured.evaluate(self._func, t, y, *args, linked=linked, **kwargs)
-            if self._is_first:
-                self._conditions.evaluated()
-            self._is_first = False
-        elif linked:
-            slope = self._func(t, y, *args, **kwargs)
-        else:
-            slope = self._func(t, detached(y), *args, **kwargs)
-            slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
-        self.calls.append(Call(draw, detached(slope) if self._keeps_slopes else None, new))
-        return slope
-
-    def replace(self, func: Callable[..., Any]) -> None:
-        """Call ``func`` from now on."""
-        self._func = func
-
-    def close(self) -> None:
-        """Listen no more, and keep nothing of what was heard: a replay calls the field through this."""
-        self._conditions = self._captured = None
-        self.calls = []
-
-
-def with_graph(func: Callable[..., Any]) -> Callable[..., Any]:
-    """``func`` where gradients are always enabled, as under backpropagation, for callers that have them disabled.
-
-    A field that differentiates something need not enable them itself.
-    """
-
-    def evaluate(t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return func(t, y, *args, **kwargs)
-        with torch.enable_grad():
-            given = pytree.tree_map(
-                lambda part: (
-                    part.detach().requires_grad_() if isinstance(part, Tensor) and differentiable(part) else part
-                ),
-                y,
-            )
-            slope = func(t.detach(), given, *args, **kwargs)
-        return detached(slope)
-
-    return evaluate
-
-
-def differentiable(part: Tensor) -> bool:
-    """Whether a tensor can have a gradient."""
-    return part.is_floating_point() or part.is_complex()
-
-
-def detached(value: Any) -> Any:
-    """The same without graphs."""
-    if isinstance(value, Tensor):
-        return value.detach()
-    return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, value)
+__all__ = ["Field", "Linearisation"]
 
 
 class Linearisation(NamedTuple):
@@ -263,11 +133,11 @@ class Field:
             return slope
         if not torch.is_grad_enabled():
             return self.evaluate(number, t, y, *args, **kwargs) if slopes is None else slopes[number]
-        call = _CutCall(self, self._step, number, t.requires_grad, args, kwargs)
+        call = CutCall(self, self._step, number, t.requires_grad, args, kwargs)
         if isinstance(y, Tensor):
-            return call.unpack(_Cut.apply(call, t, y))
+            return call.unpack(Cut.apply(call, t, y))
         parts, call.rebuild = pytree.tree_flatten(y)
-        return call.unpack(_Cut.apply(call, t, *parts))
+        return call.unpack(Cut.apply(call, t, *parts))
 
     def evaluate(self, number: int, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
         """``func(t, y)`` as evaluation ``number`` of the step did it, in the present gradient mode."""
@@ -281,7 +151,7 @@ class Field:
         with self._substituted, self._conditions.autocast():
             return self._func(t, y, *args, **kwargs)
 
-    def linearise(self, number: int, t: Tensor, *y: Tensor, call: _CutCall | None = None) -> Linearisation:
+    def linearise(self, number: int, t: Tensor, *y: Tensor, call: CutCall | None = None) -> Linearisation:
         """Evaluation ``number`` of the step, with its graph, at fresh leaves: it must be what it was before."""
         leaves = [part.detach() for part in y]
         for part in leaves:
@@ -384,72 +254,3 @@ def _apart(targets: Sequence[Tensor]) -> list[int]:
     if computed and len(targets) > 1 and derived(targets):
         return list(dict.fromkeys([*hooked, *computed]))
     return hooked
-
-
-class _CutCall:
-    """A call that is cut out of the graph of its step."""
-
-    __slots__ = ("args", "field", "kwargs", "linearisation", "number", "rebuild", "slope", "step", "wants_time")
-
-    def __init__(self, field: Field, step: Step, number: int, wants_time: bool, args: Any, kwargs: Any) -> None:
-        self.field, self.step, self.number, self.args, self.kwargs = field, step, number, args, kwargs
-        self.wants_time = wants_time
-        self.rebuild: Any = None
-        self.slope: Any = None
-        self.linearisation: Linearisation | None = None
-
-    def pack(self, parts: Sequence[Tensor]) -> Any:
-        """The state, of its parts."""
-        return parts[0] if self.rebuild is None else pytree.tree_unflatten(parts, self.rebuild)
-
-    def unpack(self, parts: Any) -> Any:
-        """The slope, of its parts."""
-        return parts if self.slope is None else pytree.tree_unflatten(parts, self.slope)
-
-    def value(self, t: Tensor, *y: Tensor) -> Any:
-        """The slope, without its graph, or with it if it is wanted first: that of the last call of a step."""
-        if self.step.slopes is not None:
-            return self.step.slopes[self.number]
-        if self.field.holds or self.number == self.step.calls - 1:
-            self.linearisation = self.field.linearise(self.number, t, *y, call=self)
-            return self.linearisation.value
-        with torch.no_grad():
-            y = tuple(part.detach() for part in y)
-            return self.field.evaluate(self.number, t.detach(), self.pack(y), *self.args, **self.kwargs)
-
-
-class DifferentiatedTwice(Exception):  # noqa: N818 (caught: no error)
-    """A step differentiates the field, and is a function of the result: such an evaluation cannot be cut out."""
-
-
-class _Cut(torch.autograd.Function):
-    """One evaluation whose graph lives only while it is pulled back."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _CutCall, t: Tensor, *y: Tensor) -> Any:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *y)
-        value = call.value(t, *y)
-        if isinstance(value, Tensor):
-            return value.detach()
-        parts, call.slope = pytree.tree_flatten(detached(value))
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _CutCall = ctx.call
-        if call.field.advancing and torch.is_grad_enabled():
-            raise DifferentiatedTwice
-        linearisation, call.linearisation = call.linearisation, None
-        if linearisation is None:
-            linearisation = call.field.linearise(call.number, *ctx.saved_tensors, call=call)
-        values = [part for part in pytree.tree_leaves(linearisation.value) if isinstance(part, Tensor)]
-        cotangents = tuple(  # a slope that broadcasts may have been recorded with another number of dimensions
-            part if part is None or part.shape == value.shape else part.view_as(value)
-            for value, part in zip(values, cotangents, strict=True)
-        )
-        products = call.field.products_in if call.field.advancing else call.field.pull_back
-        found = products(linearisation, values, cotangents)
-        t = found.pop() if call.wants_time else None
-        return (None, t, *found)

@@ -30,10 +30,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from torchdiffeq_symplectic.field import Field
+from torchdiffeq_symplectic.recording import Keep
 from torchdiffeq_symplectic.replay import REPLAY_CHECKS, ReplayCheck
 from torchdiffeq_symplectic.stepping_back import Recovery
 from torchdiffeq_symplectic.sweep import Gradients, backpropagate, sweep
-from torchdiffeq_symplectic.tape import Keep, Stepper, Tape, Times
+from torchdiffeq_symplectic.tape import Stepper, Tape, Times
 
 __all__ = ["MODES", "Mode", "configured"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.errors import ReplayError, ReplayWarning
+from torchdiffeq_symplectic.held import Held, Place
 from torchdiffeq_symplectic.random_state import RandomState
-from torchdiffeq_symplectic.uses import Held, Place
 
 __all__ = ["REPLAY_CHECKS", "Conditions", "ReplayCheck"]
 
@@ -248,10 +248,10 @@ class ReplayCheck:
         message = (
             f"the replay of this solve differs from its forward pass: after step {self._steps[worst]} by "
             f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in {steps} steps). "
-            "The gradient would not be that of the forward pass. Something that func depends on has changed since: noise "
-            "drawn again for a second solve, a module in training mode that changes with each call (spectral norm), "
-            "tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, or pass "
-            'adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
+            "The gradient would not be that of the forward pass. Something that func depends on has changed since: "
+            "noise drawn again for a second solve, a module in training mode that changes with each call (spectral "
+            "norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, or "
+            'pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
         )
         if self._action == "error":
             raise ReplayError(message)

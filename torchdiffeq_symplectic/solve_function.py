@@ -16,9 +16,10 @@ from torchdiffeq_symplectic.errors import EscapedGraphWarning, MissingGradientWa
 from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.graph import edge_of
 from torchdiffeq_symplectic.modes import Mode
+from torchdiffeq_symplectic.recording import Recording
 from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.sweep import backpropagate
-from torchdiffeq_symplectic.tape import Recording, Stepper, Tape, Times
+from torchdiffeq_symplectic.tape import Stepper, Tape, Times
 
 __all__ = ["Solve", "attach", "missing_gradients", "warn_of_escaped", "warn_of_missing"]
 

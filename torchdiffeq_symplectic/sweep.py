@@ -8,10 +8,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.field import DifferentiatedTwice, Field
+from torchdiffeq_symplectic.cut import DifferentiatedTwice
+from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.graph import Gated
+from torchdiffeq_symplectic.recording import Keep, norm_of
 from torchdiffeq_symplectic.replay import ReplayCheck
-from torchdiffeq_symplectic.tape import Keep, Step, Stepper, Tape, Times, norm_of
+from torchdiffeq_symplectic.tape import Step, Stepper, Tape, Times
 
 __all__ = ["Gradients", "backpropagate", "sweep"]
 

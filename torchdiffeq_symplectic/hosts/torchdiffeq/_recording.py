@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import collections
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.field import Call, Listener
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     FixedGridODESolver,
     RKAdaptiveStepsizeODESolver,
     _sort_tvals,
     fixed_grid,
 )
-from torchdiffeq_symplectic.hosts.torchdiffeq._steps import AdaptiveStepper, FixedStepper, Grid, Jump, Memory
-from torchdiffeq_symplectic.tape import Keep, Recording, Times
+from torchdiffeq_symplectic.hosts.torchdiffeq._steps import (
+    AdaptiveStepper,
+    FixedStepper,
+    Grid,
+    Jump,
+    Memory,
+    copied,
+    same,
+)
+from torchdiffeq_symplectic.listener import Call, Listener
+from torchdiffeq_symplectic.recording import Keep, Recording
+from torchdiffeq_symplectic.tape import Times
 
 __all__ = ["AdaptiveRecorder", "FixedRecorder"]
 
@@ -170,7 +177,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         self._in_event = False
         # torchdiffeq's own explicit solvers remember nothing.
         own = type(self)._step_func.__module__ == fixed_grid.__name__
-        self._at_first = None if own else {name: _copied(value) for name, value in vars(self).items()}
+        self._at_first = None if own else {name: copied(value) for name, value in vars(self).items()}
 
     def use_grid(self, y0: Tensor, t: Tensor) -> None:
         """Call the grid constructor once, with gradients; the solve and its time arithmetic use the same result."""
@@ -187,7 +194,7 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         return [
             name
             for name, value in vars(self).items()
-            if name not in _OF_THE_RECORDER and (name not in first or not _same(value, first[name]))
+            if name not in _OF_THE_RECORDER and (name not in first or not same(value, first[name]))
         ]
 
     def _step_func(self, func: Callable[..., Tensor], t0: Tensor, dt: Any, t1: Tensor, y0: Tensor) -> Any:
@@ -278,20 +285,6 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
         start, size, end = (torch.stack(times) for times in (self._starts, self._sizes, self._ends))
         shift = (t[0] - t[0].detach()).to(start.dtype)
         return Times(start + shift, size, end + shift, outputs)
-
-
-def _copied(value: Any) -> Any:
-    """A container of its own, as it may be changed in place."""
-    return copy.copy(value) if isinstance(value, list | dict | collections.deque) else value
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two values are one, or containers of the same."""
-    if type(one) is type(other) and isinstance(one, list | tuple | collections.deque):
-        return len(one) == len(other) and all(map(_same, one, other))
-    if isinstance(one, dict) and isinstance(other, dict):
-        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
-    return one is other
 
 
 # A step done again needs neither the solve's own tensors nor, where it does not iterate, what chooses its size.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.errors import UnsupportedSolverError
-from torchdiffeq_symplectic.field import Listener, with_graph
 from torchdiffeq_symplectic.graph import edge_of, is_behind
+from torchdiffeq_symplectic.held import Held, refuse_sharded, search
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
     AdamsBashforthMoulton,
@@ -26,11 +26,12 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
 from torchdiffeq_symplectic.hosts.torchdiffeq._recording import AdaptiveRecorder, FixedRecorder
 from torchdiffeq_symplectic.hosts.torchdiffeq._steps import AdaptiveStepper
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
+from torchdiffeq_symplectic.listener import Listener, with_graph
 from torchdiffeq_symplectic.modes import Mode, configured
+from torchdiffeq_symplectic.recording import Keep, Recording
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, missing_gradients, warn_of_escaped, warn_of_missing
-from torchdiffeq_symplectic.tape import Keep, Recording
-from torchdiffeq_symplectic.uses import Captured, Held, refuse_sharded, search
+from torchdiffeq_symplectic.uses import Captured
 
 __all__ = ["Call", "solve"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchdiffeq_symplectic.hosts.torchdiffeq import _linear
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     Perturb,
     _interp_evaluate,
     _runge_kutta_step,
 )
+from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import AdaptiveSweep, forms_states_of
+from torchdiffeq_symplectic.hosts.torchdiffeq._linear_fixed import FixedSweep, coefficients_of
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.tape import Linear, Step, Tape
 
-__all__ = ["AdaptiveStepper", "FixedStepper", "Grid", "Jump", "Memory"]
+__all__ = ["AdaptiveStepper", "FixedStepper", "Grid", "Jump", "Memory", "copied", "same"]
 
 
 class Jump(NamedTuple):
@@ -81,9 +83,9 @@ class AdaptiveStepper:
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
         (initial,) = tape.initial
-        if not initial.dtype.is_floating_point or not _linear.forms_states_of(self.tableau):
+        if not initial.dtype.is_floating_point or not forms_states_of(self.tableau):
             return None
-        return _linear.AdaptiveSweep(self.tableau, self.mid, tape, field, check)
+        return AdaptiveSweep(self.tableau, self.mid, tape, field, check)
 
 
 def ends_in_state(tableau: Any) -> bool:
@@ -184,10 +186,10 @@ class FixedStepper:
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
         (initial,) = tape.initial
-        coefficients = _linear.coefficients_of(self._solver.__class__)
+        coefficients = coefficients_of(self._solver.__class__)
         if coefficients is None or not initial.dtype.is_floating_point:
             return None
-        return _linear.FixedSweep(coefficients, self, tape, field, check)
+        return FixedSweep(coefficients, self, tape, field, check)
 
 
 def _bare(solver: Any) -> Any:
@@ -195,3 +197,17 @@ def _bare(solver: Any) -> Any:
     bare: Any = object.__new__(type(solver).__bases__[1])  # the first is the recorder
     vars(bare).update(solver.settings)
     return bare
+
+
+def copied(value: Any) -> Any:
+    """A container of its own, as it may be changed in place."""
+    return copy.copy(value) if isinstance(value, list | dict | collections.deque) else value
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are one, or containers of the same."""
+    if type(one) is type(other) and isinstance(one, list | tuple | collections.deque):
+        return len(one) == len(other) and all(map(same, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return one is other

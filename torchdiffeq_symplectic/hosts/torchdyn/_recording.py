@@ -16,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from torchdiffeq_symplectic.field import Call, Listener, detached, differentiable
+from torchdiffeq_symplectic.hosts.torchdyn._linked import Linked
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of
 from torchdiffeq_symplectic.hosts.torchdyn._steps import Note, laid_out
-from torchdiffeq_symplectic.tape import Keep, Recording, Times
+from torchdiffeq_symplectic.listener import Call, Listener, detached, differentiable
+from torchdiffeq_symplectic.recording import Keep, Recording
+from torchdiffeq_symplectic.tape import Times
 from torchdiffeq_symplectic.uses import Captured
 
-__all__ = ["Recorder", "RecordingInterpolator", "RecordingSolver"]
+__all__ = ["Recorder"]
 
 
 @dataclasses.dataclass
@@ -139,7 +141,7 @@ class Recorder:
                 slope = f(t.detach(), detached(y), *rest, **kwargs)
                 func = functools.partial(f, **kwargs) if kwargs else f
                 parts, structure = pytree.tree_flatten(slope)
-                linked = _Linked.apply(func, rest, self._keys, parts, t, *parts_of(y, self._keys))
+                linked = Linked.apply(func, rest, self._keys, parts, t, *parts_of(y, self._keys))
                 return pytree.tree_unflatten(linked, structure)
 
             result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
@@ -295,72 +297,6 @@ def _kept(f: Any, slopes: list[Any]) -> Callable[..., Any]:
         return slope
 
     return keeping
-
-
-class _Linked(torch.autograd.Function):
-    """A slope as a function of the time and the state that it was evaluated at; a solver may differentiate it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, func: Any, rest: Any, keys: Sequence[str] | None, slope: Sequence[Tensor], t: Tensor, *y: Tensor
-    ) -> tuple[Tensor, ...]:
-        """The slope, of its parts."""
-        ctx.func, ctx.rest, ctx.keys = func, rest, keys
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(t, *y)
-        return tuple(part.view_as(part) for part in slope)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The products with time and state, by another evaluation."""
-        with torch.enable_grad():
-            leaves = [part.detach().requires_grad_(differentiable(part)) for part in ctx.saved_tensors]
-            t, *y = leaves
-            slope = pytree.tree_leaves(ctx.func(t, state_of(y, ctx.keys), *ctx.rest))
-        pairs = [(a, b) for a, b in zip(slope, cotangents, strict=True) if b is not None and a.requires_grad]
-        if not pairs:
-            return (None,) * (4 + len(leaves))
-        values, products = zip(*pairs, strict=True)
-        able = [leaf for leaf in leaves if leaf.requires_grad]
-        found = iter(torch.autograd.grad(values, able, products, allow_unused=True))
-        return (None, None, None, None, *(next(found) if leaf.requires_grad else None for leaf in leaves))
-
-
-class _InPlaceOf:
-    """In the place of one of the user's objects, of which it shows every attribute."""
-
-    def __init__(self, original: Any, recorder: Recorder) -> None:
-        self._original, self._recorder = original, recorder
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:  # torchdyn asks isinstance(solver, Tsitouras45)
-        return type(self._original)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._original, name)
-
-
-class RecordingSolver(_InPlaceOf):
-    """In the place of a solver."""
-
-    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> Any:
-        """As the solver does."""
-        return self._recorder.step(f, x, t, dt, k1, args)
-
-
-class RecordingInterpolator(_InPlaceOf):
-    """In the place of an interpolator."""
-
-    def fit(self, *args: Any, **kwargs: Any) -> Any:
-        """As the interpolator does."""
-        with torch.no_grad():
-            return self._original.fit(*args, **kwargs)
-
-    def evaluate(self, coefs: Any, t0: Tensor, t1: Tensor, t: Tensor) -> Any:
-        """As the interpolator does."""
-        self._recorder.inside(t)
-        with torch.no_grad():
-            return self._original.evaluate(coefs, t0, t1, t)
 
 
 def _stacked(times: Sequence[Tensor]) -> Tensor:

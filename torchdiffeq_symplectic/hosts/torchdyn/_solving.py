@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.errors import UnsupportedSolverError
-from torchdiffeq_symplectic.field import Listener, detached, with_graph
+from torchdiffeq_symplectic.held import refuse_sharded, search
 from torchdiffeq_symplectic.hosts.torchdyn._host import PLAIN_SOLVERS, Tsitouras45, odeint, str_to_interp
-from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder, RecordingInterpolator, RecordingSolver
+from torchdiffeq_symplectic.hosts.torchdyn._in_place_of import RecordingInterpolator, RecordingSolver
+from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of, tensors_in
 from torchdiffeq_symplectic.hosts.torchdyn._steps import Cost, SolverStepper
+from torchdiffeq_symplectic.listener import Listener, detached, with_graph
 from torchdiffeq_symplectic.modes import Mode, configured
+from torchdiffeq_symplectic.recording import Recording
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, warn_of_escaped
-from torchdiffeq_symplectic.tape import Recording
-from torchdiffeq_symplectic.uses import Captured, refuse_sharded, search
+from torchdiffeq_symplectic.uses import Captured
 
 __all__ = ["Call", "PlainField", "needs_gradient", "solve"]
 
