@@ -247,11 +247,11 @@ class ReplayCheck:
         steps = len({step for step, wrong in zip(self._steps, bad.tolist(), strict=True) if wrong})
         message = (
             f"the replay of this solve differs from its forward pass: after step {self._steps[worst]} by "
-            f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (seen in {steps} steps). "
+            f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (in {steps} steps). "
             "The gradient would not be that of the forward pass. Something that func depends on has changed since: "
             "noise drawn again for a second solve, a module in training mode that changes with each call (spectral "
-            "norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, or "
-            'pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
+            "norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, "
+            'or pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
         )
         if self._action == "error":
             raise ReplayError(message)
