@@ -144,17 +144,6 @@ def test_closed_over_tensor_derived_from_a_parameter(mode: str, method: str, lis
 
 @each_kind
 @each_mode
-def test_parameter_and_what_is_derived_from_it_together(mode: str, method: str) -> None:
-    """Both in the list would be counted twice, as upstream does: an error, never a silently wrong gradient."""
-    leaf = uniform(3, 3, seed=2).requires_grad_()
-    derived = torch.sin(2 * leaf)
-    problem = closed_over(lambda t, y: torch.sin(y @ derived + t) @ leaf, 3, leaf, leaf, derived)
-    with pytest.raises(ValueError, match="counted twice"):
-        assert_exact(problem, mode, **METHODS[method])
-
-
-@each_kind
-@each_mode
 def test_parameter_listed_twice(mode: str, method: str) -> None:
     leaf = uniform(3, 3, seed=2).requires_grad_()
     problem = closed_over(lambda t, y: torch.sin(y @ leaf + t), 3, leaf, leaf, leaf)

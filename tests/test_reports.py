@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from harness import MODES, Net, each_mode, error, gradients, initial, loss_of, solve, times
+from harness import MODES, Net, each_mode, error, initial, loss_of, solve, times
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 
@@ -65,8 +65,8 @@ def test_captured_leaf_in_no_list(mode: str, entry: str) -> None:
 @each_mode
 def test_captured_tensor_that_is_derived_from_leaves_in_no_list(mode: str, entry: str) -> None:
     net, forgotten = Net(), torch.full((4,), 0.5, dtype=torch.float64, requires_grad=True)
-    control = forgotten.square().sum()
-    loss = loss_of(call(entry, mode, lambda t, y: net(t, y) * control, adjoint_params=tuple(net.parameters())))
+    control = forgotten.square()
+    loss = loss_of(call(entry, mode, lambda t, y: net(t, y) * control.sum(), adjoint_params=tuple(net.parameters())))
     with pytest.warns(MissingGradientWarning, match=r"\(4,\)"):
         loss.backward()
     assert forgotten.grad is None
@@ -100,7 +100,7 @@ def test_captured_leaf_where_nothing_listed_needs_a_gradient(mode: str, entry: s
 def test_captured_derived_tensor_where_nothing_listed_needs_a_gradient(mode: str, entry: str) -> None:
     encoder = nn.Linear(3, 3, dtype=torch.float64)
     context = encoder(torch.ones(3, dtype=torch.float64))
-    with pytest.warns(MissingGradientWarning, match=r"2 tensor\(s\)"):
+    with pytest.warns(MissingGradientWarning, match=r"1 tensor\(s\)"):
         call(entry, mode, lambda t, y: torch.sin(y) * context, y0=initial().detach(), adjoint_params=())
 
 
@@ -187,9 +187,9 @@ def test_an_option_of_another_mode_is_unknown(mode: str) -> None:
 @each_entry_point
 @each_mode
 def test_options_of_upstreams_adjoint_have_no_effect(mode: str, entry: str) -> None:
-    net, y0, t = Net(), initial(), times()
+    net, y0 = Net(), initial()
     wanted = [y0, *net.parameters()]
-    expected = gradients(mode, net, y0, t, wanted, options={})
+    expected = torch.autograd.grad(loss_of(call(entry, mode, net, y0=y0)), wanted)
     upstream = {"norm": "seminorm", "step_size": 0.01, "first_step": 0.1, "max_num_steps": 3}
     solution = call(entry, mode, net, y0=y0, adjoint_options=upstream, adjoint_rtol=1e-1, adjoint_atol=1e-1)
     found = torch.autograd.grad(loss_of(solution), wanted)
