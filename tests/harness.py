@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -96,6 +96,17 @@ ADAPTIVE = [name for name in OF_TORCHDIFFEQ if METHODS[name].adaptive]
 # One of each kind: a fixed grid, the last slope handed over; another slope, several of them; steps of no tableau.
 FEW = [n for n in ("rk4", "dopri5", "torchdyn-rk4", "torchdyn-dopri5") if n in METHODS]
 KINDS = [n for n in (*FEW, "adaptive_heun", "implicit_adams", "torchdyn-hyper-euler") if n in METHODS]
+
+
+def over(methods: Iterable[str], modes: Iterable[str] = MODES) -> pytest.MarkDecorator:
+    """Every mode with every method: the first mode with all, the others with some by turns; the rest is slow."""
+    turns = list(modes)
+    cases = []
+    for i, method in enumerate(methods):
+        for j, mode in enumerate(turns):
+            cases.append(pytest.param(mode, method, marks=[] if j in (0, i % len(turns)) else pytest.mark.slow))
+    return pytest.mark.parametrize(("mode", "method"), cases)
+
 
 each_mode = pytest.mark.parametrize("mode", MODES)
 each_method = pytest.mark.parametrize("method", METHODS)

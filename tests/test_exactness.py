@@ -15,12 +15,10 @@ from harness import (
     MixingTuple,
     Problem,
     assert_exact,
-    each_kind,
-    each_method,
     each_mode,
-    each_of_few,
     loss_of,
     norm_of,
+    over,
     problem_for,
     solve,
     uniform,
@@ -33,21 +31,18 @@ with_and_without_time = pytest.mark.parametrize("time_grad", [False, True], ids=
 of_torchdiffeq = pytest.mark.parametrize("method", [name for name in FEW if name in OF_TORCHDIFFEQ])
 
 
-@each_method
-@each_mode
+@over(METHODS)
 def test_gradients_equal_backpropagation(mode: str, method: str) -> None:
     found = assert_exact(problem_for(method), mode, method)
     assert {"y0[0]", "t", "weight", "bias", "frequency"} <= set(found)
 
 
-@each_method
-@pytest.mark.parametrize("mode", ["use:symplectic", "use:aca"])
+@over(METHODS, ["use:symplectic", "use:aca"])
 def test_gradients_equal_backpropagation_where_the_mode_is_chosen_by_use(mode: str, method: str) -> None:
     assert_exact(problem_for(method), mode, method)
 
 
-@each_method
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(METHODS, ["symplectic", "aca"])
 def test_float32(mode: str, method: str) -> None:
     assert_exact(problem_for(method, (2, 2), torch.float32), mode, method, **COARSER.get(method, {}))
 
@@ -87,8 +82,7 @@ def test_complex_states(mode: str, method: str, dtype: torch.dtype) -> None:
     ],
     ids=["float32-at-float64", "float64-at-float32", "complex64-at-float64", "complex128-at-float32"],
 )
-@pytest.mark.parametrize("method", [name for name in KINDS if name in OF_TORCHDIFFEQ])
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over([name for name in KINDS if name in OF_TORCHDIFFEQ], ["symplectic", "aca"])
 def test_times_of_another_dtype(mode: str, method: str, state: torch.dtype, time: torch.dtype) -> None:
     problem = problem_for(method, (2, 2), state)
     problem.t = problem.t.detach().to(time).requires_grad_()
@@ -96,8 +90,7 @@ def test_times_of_another_dtype(mode: str, method: str, state: torch.dtype, time
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32-slopes", "float64-slopes"])
-@pytest.mark.parametrize("method", [name for name in KINDS if name in OF_TORCHDIFFEQ])
-@each_mode
+@over([name for name in KINDS if name in OF_TORCHDIFFEQ])
 def test_slopes_of_another_dtype_than_the_state(mode: str, method: str, dtype: torch.dtype) -> None:
     """A fixed-grid solver promotes the state, an adaptive one casts the slope."""
     state = DOUBLE if dtype == torch.float32 else torch.float32
@@ -151,8 +144,7 @@ def test_states_that_are_tuples(mode: str, method: str, shapes: list[tuple[int, 
 
 
 @pytest.mark.parametrize("form", [list, tuple])
-@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(["dopri5", "adaptive_heun"], ["symplectic", "aca"])
 def test_tolerances_as_lists_for_a_tuple_state(mode: str, method: str, form: Any) -> None:
     """As FFJORD's users give them; upstream's own adjoint fails on them in backward."""
     tolerances = {"rtol": form([1e-3, 1e20, 1e-4]), "atol": form([1e-4, 1e20, torch.tensor(1e-5)])}
@@ -176,8 +168,7 @@ STRIDED: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("layout", STRIDED)
-@each_of_few
-@each_mode
+@over(FEW)
 def test_states_that_are_not_contiguous(mode: str, method: str, layout: str) -> None:
     view, shape = STRIDED[layout]
     problem = problem_for(method, (2, 3))
@@ -188,8 +179,7 @@ def test_states_that_are_not_contiguous(mode: str, method: str, layout: str) -> 
 
 
 @with_and_without_time
-@each_kind
-@each_mode
+@over(KINDS)
 def test_decreasing_times(mode: str, method: str, time_grad: bool) -> None:
     problem = problem_for(method)
     problem.t = problem.t.detach().flip(0).requires_grad_(time_grad)
@@ -197,8 +187,7 @@ def test_decreasing_times(mode: str, method: str, time_grad: bool) -> None:
 
 
 @with_and_without_time
-@pytest.mark.parametrize("method", [name for name in KINDS if name in OF_TORCHDIFFEQ])
-@each_mode
+@over([name for name in KINDS if name in OF_TORCHDIFFEQ])
 def test_times_of_one_point(mode: str, method: str, time_grad: bool) -> None:
     problem = problem_for(method)
     problem.t = torch.tensor([0.4], dtype=DOUBLE, requires_grad=time_grad)
@@ -206,24 +195,21 @@ def test_times_of_one_point(mode: str, method: str, time_grad: bool) -> None:
     assert not assert_exact(problem, mode, method, **settings)["weight"].any()
 
 
-@each_method
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(METHODS, ["symplectic", "aca"])
 def test_one_output_inside_the_first_step(mode: str, method: str) -> None:
     problem = problem_for(method)
     assert_exact(problem, mode, method, loss=lambda solution: solution[1].square().sum())
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("method", ["rk4", "heun3", "implicit_adams"])
-@each_mode
+@over(["rk4", "heun3", "implicit_adams"])
 def test_many_outputs_inside_one_step_of_a_fixed_grid(mode: str, method: str, interp: str) -> None:
     problem = problem_for(method, (3,))
     problem.t = torch.linspace(0.0, 1.0, 23, dtype=DOUBLE).requires_grad_()
     assert_exact(problem, mode, method, rtol=1e-3, options={"step_size": 0.24, "interp": interp})
 
 
-@pytest.mark.parametrize("method", ["dopri5", "dopri8", "adaptive_heun"])
-@each_mode
+@over(["dopri5", "dopri8", "adaptive_heun"])
 def test_many_outputs_inside_one_adaptive_step(mode: str, method: str) -> None:
     problem = problem_for(method, (3,))
     problem.t = torch.linspace(0.0, 1.0, 23, dtype=DOUBLE).requires_grad_()
@@ -241,8 +227,7 @@ def test_outputs_exactly_on_steps(mode: str, method: str) -> None:
 
 
 @pytest.mark.parametrize("alone", ["y0", "t", "weight"])
-@each_kind
-@each_mode
+@over(KINDS)
 def test_the_gradient_of_one_thing_alone(mode: str, method: str, alone: str) -> None:
     problem = problem_for(method)
     field: Any = problem.field
@@ -254,8 +239,7 @@ def test_the_gradient_of_one_thing_alone(mode: str, method: str, alone: str) -> 
     assert len(assert_exact(problem, mode, method)) == 1
 
 
-@each_of_few
-@each_mode
+@over(FEW)
 def test_unused_parameters_have_zeros_and_frozen_ones_nothing(mode: str, method: str) -> None:
     """As upstream gives them, and as DistributedDataParallel needs them."""
     problem = problem_for(method)

@@ -12,13 +12,14 @@ import torch
 import torchdiffeq
 from harness import (
     BACKPROPAGATION,
+    FEW,
     METHODS,
     OF_TORCHDIFFEQ,
     Mixing,
     each_method,
     each_mode,
-    each_of_few,
     initial,
+    over,
     problem_for,
     solve,
     times,
@@ -61,8 +62,7 @@ def observed(mode: str, method: str) -> tuple[Tensor, Recorded]:
         return solve(mode, field, problem.y0, problem.t, method, **problem.settings), field
 
 
-@each_method
-@each_mode
+@over(METHODS)
 def test_values_calls_and_reports_are_those_of_the_host(mode: str, method: str) -> None:
     truth, expected = observed(BACKPROPAGATION, method)
     found, field = observed(mode, method)
@@ -75,8 +75,7 @@ def test_values_calls_and_reports_are_those_of_the_host(mode: str, method: str) 
     assert field.reports == expected.reports
 
 
-@each_of_few
-@each_mode
+@over(FEW)
 def test_values_are_the_same_without_gradients(mode: str, method: str) -> None:
     problem = problem_for(method)
     truth = solve(BACKPROPAGATION, problem.field, problem.y0, problem.t, method)

@@ -20,6 +20,7 @@ from harness import (
     each_mode,
     initial,
     loss_of,
+    over,
     problem_for,
     register_solver,
     solve,
@@ -122,7 +123,6 @@ class Remembering(FixedGridODESolver):  # type: ignore[misc]
 
 IMPLICIT = {"implicit_midpoint": ImplicitMidpoint, "implicit_euler": ImplicitEuler, "gauss_legendre": GaussLegendre}
 SOLVERS: dict[str, type] = {**IMPLICIT, "exponential": ExponentialEuler, "normalised": NormalisedEuler}
-each_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 
 @pytest.fixture(autouse=True)
@@ -133,49 +133,43 @@ def solvers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImplicitMidpoint, "iterations", 0)
 
 
-@each_solver
-@each_mode
-def test_gradients_of_state_parameters_and_times_are_backpropagations(mode: str, solver: str) -> None:
-    found = assert_exact(problem_for(), mode, solver)
+@over(SOLVERS)
+def test_gradients_of_state_parameters_and_times_are_backpropagations(mode: str, method: str) -> None:
+    found = assert_exact(problem_for(), mode, method)
     assert {"y0[0]", "t", "weight", "bias", "frequency"} <= set(found)
 
 
-@each_solver
-@pytest.mark.parametrize("mode", ["use:symplectic", "use:aca"])
-def test_gradients_under_use(mode: str, solver: str) -> None:
-    assert_exact(problem_for(), mode, solver)
+@over(SOLVERS, ["use:symplectic", "use:aca"])
+def test_gradients_under_use(mode: str, method: str) -> None:
+    assert_exact(problem_for(), mode, method)
 
 
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
-@each_solver
-@pytest.mark.parametrize("mode", ["symplectic", "stages", "aca"])
-def test_outputs_between_the_steps(mode: str, solver: str, interp: str) -> None:
-    assert_exact(problem_for(), mode, solver, options={"step_size": 0.3, "interp": interp})
+@over(SOLVERS, ["symplectic", "stages", "aca"])
+def test_outputs_between_the_steps(mode: str, method: str, interp: str) -> None:
+    assert_exact(problem_for(), mode, method, options={"step_size": 0.3, "interp": interp})
 
 
-@pytest.mark.parametrize("solver", IMPLICIT)
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
-def test_decreasing_times(mode: str, solver: str) -> None:
+@over(IMPLICIT, ["symplectic", "aca"])
+def test_decreasing_times(mode: str, method: str) -> None:
     problem = problem_for()
     problem.t = problem.t.detach().flip(0).requires_grad_()
-    assert_exact(problem, mode, solver)
+    assert_exact(problem, mode, method)
 
 
-@pytest.mark.parametrize("solver", IMPLICIT)
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
-def test_tuples(mode: str, solver: str) -> None:
+@over(IMPLICIT, ["symplectic", "aca"])
+def test_tuples(mode: str, method: str) -> None:
     shapes: list[tuple[int, ...]] = [(2,), (1, 2)]
     y0 = tuple(uniform(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-    assert_exact(Problem(MixingTuple(shapes), y0, times().requires_grad_()), mode, solver)
+    assert_exact(Problem(MixingTuple(shapes), y0, times().requires_grad_()), mode, method)
 
 
-@pytest.mark.parametrize("solver", IMPLICIT)
-@each_mode
-def test_second_derivatives(mode: str, solver: str) -> None:
+@over(IMPLICIT)
+def test_second_derivatives(mode: str, method: str) -> None:
     problem = problem_for(shape=(3,))
 
     def run(mode: str) -> tuple[Tensor, ...]:
-        loss = loss_of(solve(mode, problem.field, problem.y0, problem.t, solver))
+        loss = loss_of(solve(mode, problem.field, problem.y0, problem.t, method))
         (first,) = torch.autograd.grad(loss, problem.y0, create_graph=True)
         return torch.autograd.grad(first.square().sum(), [problem.y0, problem.field.weight])  # type: ignore[attr-defined]
 

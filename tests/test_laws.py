@@ -16,10 +16,10 @@ from harness import (
     OF_TORCHDYN,
     Net,
     Problem,
-    each_mode,
     error,
     initial,
     loss_of,
+    over,
     problem_for,
     relative_error,
     solve,
@@ -41,8 +41,7 @@ def pulled_back(mode: str, method: str, problem: Problem, *cotangents: Tensor) -
     return [list(torch.autograd.grad(solution, wanted, cotangent, retain_graph=True)) for cotangent in cotangents]
 
 
-@pytest.mark.parametrize("method", KINDS)
-@each_mode
+@over(KINDS)
 def test_the_gradient_is_linear_in_the_cotangent(mode: str, method: str) -> None:
     problem = problem_for(method)
     shape = (len(problem.t), 2, 3)
@@ -51,16 +50,14 @@ def test_the_gradient_is_linear_in_the_cotangent(mode: str, method: str) -> None
     assert error(both, [0.3 * a - 2.5 * b for a, b in zip(first, second, strict=True)]) < EXACT
 
 
-@pytest.mark.parametrize("method", KINDS)
-@each_mode
+@over(KINDS)
 def test_a_cotangent_of_zero_gives_zeros(mode: str, method: str) -> None:
     problem = problem_for(method)
     (found,) = pulled_back(mode, method, problem, torch.zeros(len(problem.t), 2, 3, dtype=DOUBLE))
     assert not any(gradient.any() for gradient in found)
 
 
-@each_fixed_method
-@each_mode
+@over(FIXED)
 def test_a_solve_that_is_split_at_a_step_has_the_gradient_of_the_whole(mode: str, method: str) -> None:
     field, y0 = Net(), initial()
     grid = torch.linspace(0, 1, 9, dtype=DOUBLE)
@@ -74,8 +71,7 @@ def test_a_solve_that_is_split_at_a_step_has_the_gradient_of_the_whole(mode: str
     assert error(torch.autograd.grad(loss_of(torch.stack([first[2], first[5], second[3]])), wanted), expected) < EXACT
 
 
-@each_fixed_method
-@each_mode
+@over(FIXED)
 def test_a_batch_that_is_permuted_has_the_permuted_gradient(mode: str, method: str) -> None:
     field, y0, order = Net(), initial(5, 3), torch.tensor([3, 0, 4, 1, 2])
     t = times(0.0, 0.4, 0.7, 1.0)
@@ -85,8 +81,7 @@ def test_a_batch_that_is_permuted_has_the_permuted_gradient(mode: str, method: s
     assert error(found, [plain[0][order], *plain[1:]]) < EXACT
 
 
-@each_fixed_method
-@each_mode
+@over(FIXED)
 def test_batches_that_are_concatenated_have_the_sum_of_the_gradients(mode: str, method: str) -> None:
     field, parts, t = Net(), [initial(2, 3), uniform(4, 3, seed=6).requires_grad_()], times(0.0, 0.4, 1.0)
     separate = [
@@ -99,8 +94,7 @@ def test_batches_that_are_concatenated_have_the_sum_of_the_gradients(mode: str, 
     assert error(found, [torch.cat([separate[0][0], separate[1][0]]), *sums]) < EXACT
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "dopri8", "adaptive_heun", "explicit_adams"])
-@each_mode
+@over(["rk4", "dopri5", "dopri8", "adaptive_heun", "explicit_adams"])
 def test_outputs_that_the_loss_does_not_use_change_nothing(mode: str, method: str) -> None:
     """The host steps past them: more rows, the same steps."""
     field, y0 = Net(), initial()
@@ -110,8 +104,7 @@ def test_outputs_that_the_loss_does_not_use_change_nothing(mode: str, method: st
     assert error(torch.autograd.grad(loss_of(solve(mode, field, y0, many, method)[[3, 5]]), wanted), expected) < EXACT
 
 
-@pytest.mark.parametrize("method", KINDS)
-@each_mode
+@over(KINDS)
 def test_a_tensor_that_scales_the_loss_scales_the_gradient(mode: str, method: str) -> None:
     """By a power of two, to the bit: nothing in backward depends on the size of what arrives."""
     problem = problem_for(method)
@@ -120,8 +113,7 @@ def test_a_tensor_that_scales_the_loss_scales_the_gradient(mode: str, method: st
     assert all(torch.equal(1024 * one, other) for one, other in zip(small, large, strict=True))
 
 
-@pytest.mark.parametrize("method", KINDS)
-@each_mode
+@over(KINDS)
 def test_the_gradient_is_the_same_in_every_run(mode: str, method: str) -> None:
     problem = problem_for(method)
     cotangent = uniform(len(problem.t), 2, 3, seed=4)

@@ -13,10 +13,10 @@ from harness import (
     DOUBLE,
     Net,
     assert_same_gradients,
-    each_mode,
     gradients_of,
     initial,
     loss_of,
+    over,
     solve,
     times,
     uniform,
@@ -168,8 +168,7 @@ def test_earlier_solves_that_a_field_closes_over_are_replayed_once(way: str, ear
 
 
 @pytest.mark.parametrize("listed", ["leaf", "derived", "both", "both, the other way round", "twice"])
-@pytest.mark.parametrize("method", ["rk4", "dopri5", "adaptive_heun", "implicit_adams"])
-@each_mode
+@over(["rk4", "dopri5", "adaptive_heun", "implicit_adams"])
 def test_adjoint_params_that_are_computed_from_one_another(mode: str, method: str, listed: str) -> None:
     """torchcde's tests list a tensor and one computed from it: an error ("counted twice"), where upstream takes it."""
     leaf = uniform(3, 3, seed=2).requires_grad_()

@@ -9,16 +9,16 @@ import torch
 from harness import (
     BACKPROPAGATION,
     DOUBLE,
+    FEW,
     METHODS,
     OF_TORCHDIFFEQ,
     Mixing,
     Problem,
     assert_exact,
-    each_method,
     each_mode,
-    each_of_few,
     error,
     loss_of,
+    over,
     problem_for,
     solve,
     times,
@@ -52,8 +52,7 @@ def replayed(problem: Problem, mode: str, method: str) -> tuple[set[Any], set[An
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
-@each_method
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(METHODS, ["symplectic", "aca"])
 def test_stage_states_of_the_replay_are_those_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     problem = problem_for(method, (2, 3), dtype)
     problem.field = Watched(6, dtype)
@@ -62,8 +61,7 @@ def test_stage_states_of_the_replay_are_those_of_the_solve(mode: str, method: st
     assert backward <= forward
 
 
-@each_of_few
-@pytest.mark.parametrize("mode", REPLAYED)
+@over(FEW, REPLAYED)
 def test_stage_states_of_a_strided_state(mode: str, method: str) -> None:
     """The replay gave contiguous states, so whatever reads memory in its order saw something else."""
     problem = problem_for(method, (2, 3))
@@ -117,8 +115,7 @@ def thermostat(method: str, dtype: torch.dtype) -> Problem:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
-@pytest.mark.parametrize("method", OF_ONE_STATE)
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(OF_ONE_STATE, ["symplectic", "aca"])
 def test_a_field_that_switches_at_a_state_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     """Recomputed in another order, the stage fell on the other side of its threshold: a ReplayError, and a gradient of
     0.1746 for 0.1484 with the check off.
@@ -139,8 +136,7 @@ class Images(nn.Module):
         return result
 
 
-@each_of_few
-@pytest.mark.parametrize("mode", REPLAYED)
+@over(FEW, REPLAYED)
 def test_channels_last_with_dropout(mode: str, method: str) -> None:
     """A ReplayError with contiguous replays; with the check off the gradient was 6 to 78 % wrong."""
     y0 = uniform(2, 3, 4, 5, seed=2).to(memory_format=torch.channels_last).requires_grad_()
@@ -155,8 +151,7 @@ def test_channels_last_with_dropout(mode: str, method: str) -> None:
     assert error(gradient(mode), gradient(BACKPROPAGATION)) < 1e-11
 
 
-@pytest.mark.parametrize("method", [name for name, row in METHODS.items() if not row.halves])
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over([name for name, row in METHODS.items() if not row.halves], ["symplectic", "aca"])
 def test_a_field_that_views_the_memory_of_a_transposed_state(mode: str, method: str) -> None:
     """``y.t().view(-1)`` fails on a contiguous state: it crashed in backward."""
     weight = uniform(6, 6, seed=1).requires_grad_()
@@ -219,8 +214,7 @@ DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 @pytest.mark.parametrize("field", TAME, ids=lambda field: field.__name__)
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-@pytest.mark.parametrize("mode", ["symplectic", "baseline"])
+@over(["rk4", "dopri5"], ["symplectic", "baseline"])
 def test_no_false_alarm_on_badly_scaled_fields(mode: str, method: str, field: Any, dtype: torch.dtype) -> None:
     y0 = torch.tensor([0.7, -1.3, 2.1], dtype=dtype, requires_grad=True)
     t = torch.tensor([0.0, 0.51, 1.0], dtype=dtype.to_real())

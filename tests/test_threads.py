@@ -10,12 +10,12 @@ import pytest
 import torch
 from harness import (
     BACKPROPAGATION,
+    FEW,
     Net,
-    each_mode,
-    each_of_few,
     error,
     initial,
     loss_of,
+    over,
     solve,
     times,
     uniform,
@@ -59,8 +59,7 @@ class Normalised(nn.Module):
         return result
 
 
-@each_of_few
-@each_mode
+@over(FEW)
 def test_two_threads_in_backward_over_one_module(mode: str, method: str) -> None:
     """What one replay puts back on the module must not reach the other."""
     field, states = Normalised(), [initial(4, 3), uniform(4, 3, seed=9).requires_grad_()]
@@ -83,8 +82,7 @@ def test_two_threads_in_backward_over_one_module(mode: str, method: str) -> None
         assert max(error(one, truth) for one, truth in zip(found, truths, strict=True)) < 1e-11
 
 
-@each_of_few
-@each_mode
+@over(FEW)
 def test_two_threads_that_solve_and_differentiate(mode: str, method: str) -> None:
     field, states = Net(), [initial(), uniform(4, 3, seed=9).requires_grad_()]
     t = times(0.0, 0.3, 0.6, 1.0)
@@ -98,8 +96,7 @@ def test_two_threads_that_solve_and_differentiate(mode: str, method: str) -> Non
     assert max(error(one, truth) for one, truth in zip(found, truths, strict=True)) < 1e-11
 
 
-@each_of_few
-@each_mode
+@over(FEW)
 def test_backward_in_another_thread_than_the_solve(mode: str, method: str) -> None:
     field, y0, t = Net(), initial(), times(0.0, 0.3, 0.6, 1.0)
     wanted = [y0, *field.parameters()]

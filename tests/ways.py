@@ -25,7 +25,9 @@ WAYS = {
     **({"torchdyn": ("symplectic", "torchdyn-rk4")} if HAS_TORCHDYN else {}),
 }
 SOME = [way for way in WAYS if way in ("odeint_adjoint", "use", "torchdyn")]
-each_way = pytest.mark.parametrize("way", WAYS)
+each_way = pytest.mark.parametrize(
+    "way", [pytest.param(way, marks=[] if way in SOME else pytest.mark.slow) for way in WAYS]
+)
 in_some_ways = pytest.mark.parametrize("way", SOME)
 
 # The field, the state, and the tensors that are listed where the field is no module.
