@@ -18,7 +18,7 @@ ADAPTIVE: dict[str, Any] = {
     method: {"rtol": 1e-6, "atol": 1e-8, "options": {"first_step": 0.05}} for method in ("dopri5", "bosh3", "dopri8")
 }
 METHODS = {**FIXED, **ADAPTIVE}
-TORCHDYN = {f"torchdyn-{method}": {} for method in ("euler", "midpoint", "rk4")}
+TORCHDYN = ["torchdyn-euler", "torchdyn-midpoint", "torchdyn-rk4"]
 
 
 def gradient(mode: str, method: str, field: nn.Module, t: Tensor, **settings: Any) -> list[Tensor]:
