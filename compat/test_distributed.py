@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_gradients
+from harness import assert_same_gradients
 
 SCRIPT = Path(__file__).with_name("distributed_gradient.py")
 HOSTS = {"torchdiffeq": "adjoint_method", "torchdyn": "sensitivity"}

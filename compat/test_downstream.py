@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from old_harness import is_replayed
+from outcomes import is_replayed
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import use

@@ -81,11 +81,6 @@ def test_lowest_versions_that_are_run_are_those_of_the_project_file() -> None:
         assert matrix.lowest(name, PROJECT) == min(versions, key=lambda version: [*map(int, version.split("."))])
 
 
-def test_two_lowest_versions_of_one_requirement_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"one lowest version of torch, not \['2.4', '2.5'\]"):
-        matrix.lowest("torch", '"torch>=2.4", "torch>=2.5"')
-
-
 def test_columns_are_the_modes_as_check_names_them() -> None:
     assert [variant.name for variant in variants()] == list(dict.fromkeys(matrix.MODES.values()))
 
@@ -158,44 +153,10 @@ def test_what_the_check_found(folder: Path) -> None:
     }
 
 
-def test_only_what_failed_is_not_good(folder: Path) -> None:
-    assert [row.mode for row in matrix.rows_of(PLAN, folder) if not row.good] == ["aca"]
-
-
-def test_versions_are_those_that_were_installed(folder: Path) -> None:
-    plan = Versions(matrix.NEWEST, "0.2.3", "1.0.6")
-    assert {row.versions for row in matrix.rows_of(plan, folder)} == {Versions("2.4.0+cu121", "0.2.3", "1.0.6")}
-
-
 @pytest.mark.parametrize("plan", [Versions("2.4", "0.2.4", "1.0.6"), Versions("2.5", "0.2.3", "1.0.6")])
 def test_other_versions_than_planned_are_no_result(plan: Versions, folder: Path) -> None:
     with pytest.raises(ValueError, match="planned were"):
         matrix.rows_of(plan, folder)
-
-
-def test_errors_that_are_not_finite_are_the_worst(tmp_path: Path) -> None:
-    rows = [found("aca", "inexact", 1.0), found("aca", "inexact", "nan"), found("baseline", "inexact", "inf")]
-    made = matrix.rows_of(PLAN, leave(tmp_path / "made", [], rows, exact=False))
-    assert str(row(made, "aca").worst_error) == "nan"
-    assert row(made, "baseline").worst_error == float("inf")
-
-
-def test_a_verdict_that_no_row_explains_is_a_failure(tmp_path: Path) -> None:
-    made = matrix.rows_of(PLAN, leave(tmp_path / "made", [case("test_a")], [found("aca", "refused")], exact=False))
-    assert [row.mode for row in made if not row.good] == ["other"]
-
-
-def test_a_mode_that_is_not_known_here_is_no_result(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown modes \['new'\]"):
-        matrix.rows_of(PLAN, leave(tmp_path / "made", [], [found("new", "exact", 0.0)]))
-
-
-def test_a_check_that_did_not_finish_was_not_run(tmp_path: Path) -> None:
-    made = leave(tmp_path / "made", [case("test_a")], None)
-    (made / "check.json").touch()
-    rows = matrix.rows_of(PLAN, made)
-    assert row(rows, "aca").missing
-    assert not row(rows, "other").missing
 
 
 def test_rows_survive_the_csv(folder: Path, tmp_path: Path) -> None:
@@ -231,24 +192,6 @@ def test_table_shows_failures_and_what_was_not_run(folder: Path) -> None:
     assert second[3:10] == ["not run"] * 7
 
 
-@pytest.mark.parametrize(
-    ("cases", "rows", "text"),
-    [
-        ([case("test_exact[aca]")], None, "1 ✓ · check not run"),
-        (None, [found("aca", "exact", 0.0)], "tests not run · 1 exact"),
-        ([], [found("aca", "exact", 0.0)], "tests not run · 1 exact"),
-    ],
-    ids=["tests alone", "check alone", "no test"],
-)
-def test_table_shows_which_half_was_not_run(
-    cases: list[str] | None, rows: list[dict[str, Any]] | None, text: str, tmp_path: Path
-) -> None:
-    leave(tmp_path / PLAN.folder, cases, rows)
-    made = matrix.collect(tmp_path, [PLAN])
-    assert f"| {text} |" in matrix.table(made)
-    assert not all(row.good for row in made)
-
-
 def test_only_what_is_between_the_markers_is_replaced(folder: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(f"above\n\n{matrix.START}\n| old |\n{matrix.END}\n\nbelow\n", encoding="utf8")
@@ -257,23 +200,3 @@ def test_only_what_is_between_the_markers_is_replaced(folder: Path, tmp_path: Pa
         matrix.write(rows, tmp_path / "made.csv", readme)
         expected = f"above\n\n{matrix.START}\n{matrix.table(rows)}{matrix.END}\n\nbelow\n"
         assert readme.read_text(encoding="utf8") == expected
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "no markers\n",
-        f"{matrix.START}\nno end\n",
-        f"no start\n{matrix.END}\n",
-        f"{matrix.END}\n{matrix.START}\n",
-        f"{matrix.START}\n{matrix.START}\n{matrix.END}\n",
-        f"named in a sentence: {matrix.START}\n{matrix.END}\n",
-    ],
-)
-def test_a_text_without_a_place_for_the_table_is_left_alone(text: str, folder: Path, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(text, encoding="utf8")
-    with pytest.raises(ValueError, match="no place for the table"):
-        matrix.write(matrix.rows_of(PLAN, folder), tmp_path / "made.csv", readme)
-    assert readme.read_text(encoding="utf8") == text
-    assert not (tmp_path / "made.csv").exists()

@@ -86,14 +86,6 @@ def test_products_within_a_backward_pass() -> None:
     assert torch.equal(x.grad, 3 * x.detach() ** 2)
 
 
-def leaf_tensor() -> Tensor:
-    return torch.ones(2, requires_grad=True)
-
-
-def derived_tensor() -> Tensor:
-    return 3 * torch.ones(2, requires_grad=True)
-
-
 # field.py: walking the graph.
 
 
@@ -135,13 +127,6 @@ def test_foreach_functions_compute_what_they_say(dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_foreach_add_takes_tuples_of_other_strides_and_dtypes() -> None:
-    totals = (torch.zeros(3, 2), torch.zeros(4))
-    torch._foreach_add_(totals, (torch.ones(2, 3).t(), torch.ones(4, dtype=torch.float64)))
-    assert torch.equal(totals[0], torch.ones(3, 2))
-    assert torch.equal(totals[1], torch.ones(4))
-
-
 def test_foreach_norm_keeps_what_is_not_finite() -> None:
     nan, inf = torch._foreach_norm([torch.tensor([1.0, torch.nan]), torch.tensor([-torch.inf, 2.0])], torch.inf)
     assert torch.isnan(nan), "the check of the replay would miss a state that became nan"
@@ -178,11 +163,6 @@ def test_batch_statistics_and_flags_are_where_they_are_looked_for() -> None:
     norm(torch.randn(4, 3))
     assert counter._version != version
     assert norm.training is True
-
-
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16, torch.bfloat16], ids=str)
-def test_dtypes_know_their_real_counterpart(dtype: torch.dtype) -> None:
-    assert dtype.to_real() == torch.empty(0, dtype=dtype).abs().dtype
 
 
 # gradient.py: what one autograd function may do.
@@ -233,20 +213,6 @@ def test_backward_knows_whether_its_own_graph_is_wanted() -> None:
     for create_graph in (False, True):
         torch.autograd.grad(Function.apply(x).sum(), x, create_graph=create_graph)
     assert seen == [False, True], "torch.is_grad_enabled() in backward no longer tells of create_graph"
-
-
-def test_views_share_an_untyped_storage() -> None:
-    x = torch.arange(6.0)
-    assert x[2].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
-    assert x[2].storage_offset() == 2
-
-
-def test_random_state_is_a_vector_of_bytes() -> None:
-    state = torch.get_rng_state()
-    assert (state.dtype, state.ndim, state.device.type) == (torch.uint8, 1, "cpu")
-    first = torch.rand(2)
-    torch.set_rng_state(state)
-    assert torch.equal(torch.rand(2), first)
 
 
 def test_data_parallel_marks_its_replicas() -> None:

@@ -120,23 +120,6 @@ def test_a_module_is_freed_with_its_solution(mode: Mode) -> None:
         gc.enable()
 
 
-def test_unused_and_frozen_parameters(mode: Mode) -> None:
-    """Zeros for the unused, as upstream gives and DistributedDataParallel needs; nothing for the frozen."""
-    field = Field()
-    torchdiffeq.odeint_adjoint(field, state(), T, **SETTINGS, **mode).sum().backward()
-    assert field.unused.grad is not None
-    assert torch.equal(field.unused.grad, torch.zeros(2, dtype=torch.float64))
-    assert field.frozen.grad is None
-
-
-def test_settings_of_a_call_are_left_as_they_are(mode: Mode) -> None:
-    options, adjoint_options = {"first_step": 0.1}, {"norm": "seminorm", **mode.pop("adjoint_options", {})}
-    before = dict(options), dict(adjoint_options)
-    settings = {"options": options, "adjoint_options": adjoint_options}
-    torchdiffeq.odeint_adjoint(Field(), state(), T, **settings, **mode).sum().backward()
-    assert (options, adjoint_options) == before
-
-
 def test_replicas_of_data_parallel(mode: Mode, assert_agree: Agree, replica_of: Replicate) -> None:
     field, y0 = Field(), state()
     wanted = [y0, *field.layers.parameters()]

@@ -6,8 +6,7 @@ is in ``test_torchdiffeq_field_patterns.py``.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -103,15 +102,6 @@ def test_options(settings: dict[str, Any], mode: Mode, assert_agree: Agree) -> N
     assert_agree(gradients(found, inputs), gradients(expected, inputs), tolerance)
 
 
-@pytest.mark.parametrize("y0", [initial(), initial(2, 1, 3), initial(0, 3)], ids=["batch", "rank 3", "empty batch"])
-def test_decreasing_time(y0: Tensor, compare: Callable[..., None]) -> None:
-    func = Dynamics()
-    t = torch.tensor([1.0, 0.3, -0.2], dtype=torch.float64, requires_grad=True)
-    inputs = [y0, t, *func.parameters()] if y0.numel() else [y0]
-    options = FIRST if y0.numel() else {"step_size": 0.2}  # an empty state has no norm
-    compare(func, y0, t, inputs, method="dopri5" if y0.numel() else "rk4", options=options, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("adjoint", [{"adjoint_rtol": 9.0, "adjoint_atol": 1e-30}, {"norm": "seminorm"}], ids=str)
 def test_what_upstreams_adjoint_needs_has_no_effect(adjoint: Mode, mode: Mode, assert_agree: Agree) -> None:
     func, y0 = Dynamics(), initial()
@@ -128,54 +118,6 @@ def test_unknown_options_only_warn(mode: Mode) -> None:
         solution = torchdiffeq.odeint_adjoint(func, y0, T, options={**FIRST, "max_iters": 5}, **mode)
     solution.sum().backward()
     assert y0.grad is not None
-
-
-def test_grid_constructor_is_asked_once(mode: Mode, assert_agree: Agree) -> None:
-    func, y0, calls = Dynamics(), initial(), []
-
-    def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
-        calls.append(t)
-        return torch.cat([t[:1], (t[:-1] + t[1:]) / 2, t[-1:]])
-
-    settings: dict[str, Any] = {"method": "rk4", "options": {"grid_constructor": grid}}
-    t = T.clone().requires_grad_()
-    inputs = [y0, t, *func.parameters()]
-    expected = gradients(torchdiffeq.odeint(func, y0, t, **settings), inputs)
-    calls.clear()
-    assert_agree(gradients(torchdiffeq.odeint_adjoint(func, y0, t, **settings, **mode), inputs), expected)
-    assert len(calls) == 1
-
-
-def test_scipy_is_refused_before_the_solve(mode: Mode) -> None:
-    func = Dynamics()
-    with pytest.raises(NotImplementedError, match="scipy_solver"):
-        torchdiffeq.odeint_adjoint(func, initial(), T, method="scipy_solver", **mode)
-    assert func.nfe == 0
-
-
-@pytest.mark.usefixtures("needs_callbacks")
-def test_callbacks_fire_in_the_forward_pass_alone(mode: Mode) -> None:
-    class Watched(Dynamics):
-        def __init__(self) -> None:
-            super().__init__()
-            self.seen: list[tuple[str, float, float]] = []
-
-        def callback_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-            self.seen.append(("step", float(t0.detach()), float(dt.detach())))
-
-        def callback_accept_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-            self.seen.append(("accept", float(t0.detach()), float(dt.detach())))
-
-        def callback_reject_step(self, t0: Tensor, y0: Tensor, dt: Tensor) -> None:
-            self.seen.append(("reject", float(t0.detach()), float(dt.detach())))
-
-    ours, theirs = Watched(), Watched()
-    settings: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6, "options": {"first_step": 0.9}}
-    solution = torchdiffeq.odeint_adjoint(ours, initial(), T, **settings, **mode)
-    solution.sum().backward()
-    torchdiffeq.odeint(theirs, initial(), T, **settings)
-    assert ours.seen == theirs.seen
-    assert {"step", "accept", "reject"} == {name for name, _, _ in ours.seen}
 
 
 # Names bound early.
@@ -213,21 +155,6 @@ def test_parameters_of_a_function_are_listed(form: Any, compare: Callable[..., N
     params = tuple(func.parameters())
     settings: dict[str, Any] = {"method": "rk4", "options": {"step_size": 0.2}}
     compare(lambda t, y: func(t, y), y0, T, [y0, *params], adjoint={"adjoint_params": form(params)}, **settings)
-
-
-def test_an_empty_list_means_no_parameters(mode: Mode, assert_agree: Agree) -> None:
-    func, y0 = Dynamics(), initial()
-    solution = torchdiffeq.odeint_adjoint(func, y0, T, method="rk4", adjoint_params=(), **mode)
-    expected = gradients(torchdiffeq.odeint(func, y0, T, method="rk4"), [y0])
-    found = gradients(solution, [y0, *func.parameters()])
-    assert_agree(found[:1], expected)
-    assert found[1:] == (None, None)
-
-
-def test_a_single_tensor_as_parameters_is_refused(mode: Mode) -> None:
-    func = Dynamics()
-    with pytest.raises(TypeError, match=r"adjoint_params=\(tensor,\)"):
-        torchdiffeq.odeint_adjoint(func, initial(), T, adjoint_params=func.inner, **mode)
 
 
 def test_neuromancers_integrator(upstream: Callable[..., Any], mode: Mode, assert_agree: Agree) -> None:
@@ -344,47 +271,3 @@ def test_a_neural_cdes_spline_and_jumps(method: str, mode: Mode, assert_agree: A
 
 
 # Events.
-
-
-class BouncingBall(nn.Module):
-    """torchdiffeq's example: a ball falls, bounces, and loses speed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gravity = nn.Parameter(torch.tensor(9.8, dtype=torch.float64))
-        self.drag = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
-        self.absorption = nn.Parameter(torch.tensor(0.2, dtype=torch.float64))
-
-    def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        _, speed = state
-        return speed, -self.gravity - self.drag * speed * speed.abs()
-
-    def bounces(self, state: Any, t0: Tensor, interface: Any, count: int, **settings: Any) -> Iterator[Tensor]:
-        """Times of the bounces and speeds after them."""
-        for _ in range(count):
-            t0, states = torchdiffeq.odeint_event(
-                self, state, t0, event_fn=lambda t, state: state[0], odeint_interface=interface, atol=1e-8, **settings
-            )
-            height, speed = (part[-1] for part in states)
-            state = height + 1e-7, -speed * (1 - self.absorption)  # to not find the same event again
-            yield t0
-            yield state[1]
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [{"options": {"first_step": 0.01}}, {"method": "rk4", "options": {"step_size": 0.03}}],
-    ids=["dopri5", "rk4"],
-)
-def test_a_bouncing_ball(settings: dict[str, Any], mode: Mode, assert_agree: Agree) -> None:
-    ball = BouncingBall()
-    t0 = torch.tensor([0.2], dtype=torch.float64, requires_grad=True)
-    height = torch.tensor([1.7], dtype=torch.float64, requires_grad=True)
-    speed = torch.tensor([-0.4], dtype=torch.float64, requires_grad=True)
-    inputs = [height, speed, t0, *ball.parameters()]
-    ours = functools.partial(torchdiffeq.odeint_adjoint, **mode)
-    found, expected = (
-        list(ball.bounces((height, speed), t0[0], interface, 3, **settings)) for interface in (ours, torchdiffeq.odeint)
-    )
-    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
-    assert_agree(gradients(tuple(found), inputs), gradients(tuple(expected), inputs))

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torchdiffeq
-from old_harness import is_replayed
+from outcomes import is_replayed
 from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 from torchdiffeq._impl import rk_common
@@ -126,12 +126,6 @@ class Flow(Program):
         return -(prior.log_prob(base) - change[:, 0]).mean()  # type: ignore[no-any-return]
 
 
-class PublishedFlow(Flow):
-    """With the arguments of the published example: options, but none in it, and a tolerance for each part."""
-
-    settings: ClassVar[Mode] = {"method": "dopri5", "rtol": [1e-5, 1e-5], "atol": [1e-5, 1e-5], "options": {}}
-
-
 # Latent ODE: latent_ode.
 
 
@@ -230,67 +224,11 @@ class BouncingBall(Program):
         return (times - torch.tensor([0.8, 1.9, 2.8])).square().sum() + (height - 1.0).square()  # type: ignore[no-any-return]
 
 
-@functools.cache
-def seen() -> tuple[Tensor, Tensor]:
-    """Where a ball of radius 0.1 was seen, dropped from 1.1, which keeps 0.8 of its speed; of parabolas, not solved."""
-    times = torch.linspace(0.03, 1.2, 30)
-    fall = math.sqrt(2 / 9.8)
-    rising = times - fall
-    after = 0.8 * 9.8 * fall * rising - 4.9 * rising**2
-    return times, 0.1 + torch.where(rising < 0, 1 - 4.9 * times**2, after)
-
-
-class LearnedPhysics(Program):
-    """Forces, surface and impact of a bouncing ball are networks, fitted to where it was seen; so is how it started.
-
-    Each piece is solved twice, until the event and then again for the times of observations up to it. The weights of
-    the event function are in the state.
-    """
-
-    settings: ClassVar[Mode] = {"rtol": 1e-5, "atol": 1e-12, "options": {"first_step": 0.05}}
-    step_size = 0.02
-    part = 0.05
-
-    def __init__(self, settings: Mode) -> None:
-        super().__init__(settings)
-        self.start = nn.Parameter(torch.tensor([1.0, 0.0]))
-        self.force = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
-        self.surface = nn.Parameter(0.1 * torch.randn(10))
-        self.impact = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 1))
-
-    def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        position, velocity, surface = state
-        force = self.force(torch.stack([position, velocity]))[0]
-        return velocity, force - 8.0, torch.zeros_like(surface)
-
-    def touching(self, t: Tensor, state: tuple[Tensor, ...]) -> Tensor:
-        position, _, surface = state
-        outer, inner, bias = surface[1:].reshape(3, 3)
-        return position - surface[0] + outer @ torch.tanh(inner * position + bias)  # type: ignore[no-any-return]
-
-    def loss(self, odeint: Solve) -> Tensor:
-        times, positions = seen()
-        t, state, errors = torch.tensor(0.0), (*self.start, self.surface), []
-        for _ in range(2):
-            end, states = torchdiffeq.odeint_event(
-                self, state, t, event_fn=self.touching, odeint_interface=odeint, **self.solver
-            )
-            between = (times > t) & (times < end)
-            stops = torch.cat([t.reshape(1), times[between], end.reshape(1)])
-            errors.append(odeint(self, state, stops, **self.solver)[0][1:-1] - positions[between])
-            position, velocity, surface = (part[-1] for part in states)
-            kept = torch.sigmoid(1 + self.impact(torch.stack([position, velocity]))[0])
-            t, state = end, (position + 1e-6, -kept * velocity, surface)
-        return torch.cat(errors).square().mean()
-
-
 PROGRAMS: dict[str, type[Program]] = {
     "spiral": Spiral,
     "flow": Flow,
-    "flow as published": PublishedFlow,
     "latent ODE": LatentODE,
     "bouncing ball": BouncingBall,
-    "learned physics": LearnedPhysics,
 }
 each_program = pytest.mark.parametrize("program", PROGRAMS)
 

@@ -208,13 +208,6 @@ def test_decreasing_times_are_negated_with_what_belongs_to_them() -> None:
     assert torch.equal(options["grid_constructor"](func, Y0, t)[:-1], t)
 
 
-def test_normalised_times_and_state_carry_gradients() -> None:
-    y0 = (Y0.clone().requires_grad_(), Y0[:, 0])
-    _, _, flat, t, *_ = check(TupleField(), y0, T.flip(0).requires_grad_())
-    assert flat.requires_grad
-    assert t.requires_grad
-
-
 def test_event_function_is_wrapped_to_take_what_the_solver_has() -> None:
     result = misc._check_inputs(
         TupleField(), (Y0, Y0[:, 0]), T[:2], 1e-7, 1e-9, None, None, lambda t, y: y[0].sum() - t, SOLVERS
@@ -240,21 +233,10 @@ def test_flat_to_shape_undoes_the_flattening() -> None:
 # The wrappers' arithmetic.
 
 
-def test_tuple_wrapper_flattens_and_reverse_wrapper_negates() -> None:
-    field = TupleField()
-    y = torch.linspace(-1, 2, 8, dtype=torch.float64)
-    t = torch.tensor(0.4, dtype=torch.float64)
-    flat = misc._TupleFunc(field, [torch.Size([2, 3]), torch.Size([2])])
-    first, second = field(t, (y[:6].reshape(2, 3), y[6:]))
-    assert torch.equal(flat(t, y), torch.cat([first.reshape(-1), second]))
-    assert torch.equal(misc._ReverseFunc(flat, mul=-1.0)(t, y), -flat(-t, y))
-
-
 def test_perturb_has_three_members() -> None:
     assert [member.name for member in misc.Perturb] == ["NONE", "PREV", "NEXT"], "stages may be perturbed in a new way"
 
 
-STATES = [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128]
 TIMES = [0.0, -0.0, 0.1, -1 / 3, 1.0, 1e-30, -1e-310, 12345.678, 2.0**24 + 1]
 
 
@@ -357,10 +339,3 @@ def test_every_method_is_of_a_known_family_or_refused(method: str) -> None:
         strict=True,
     ):
         assert (one - other).norm() < 1e-11 * other.norm()
-
-
-@pytest.mark.parametrize(
-    "method", ["euler", "midpoint", "rk4", "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"]
-)
-def test_methods_that_are_promised_are_there(method: str) -> None:
-    assert method in SOLVERS, "torchdiffeq has dropped a method that the documentation names"

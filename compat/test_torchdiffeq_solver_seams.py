@@ -2,23 +2,20 @@
 
 Each test runs a solver of torchdiffeq with the method in question watched by a subclass, as the recorders do it. A
 failure says what a new torchdiffeq does otherwise; the recorders are in
-``torchdiffeq_symplectic/hosts/torchdiffeq/_adaptive.py`` and ``_fixed.py``.
+``torchdiffeq_symplectic/hosts/torchdiffeq/_recording.py``.
 """
 
 from __future__ import annotations
 
-import collections
-import inspect
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torchdiffeq
 from torch import Tensor
 from torchdiffeq._impl import misc, rk_common
-from torchdiffeq._impl.fixed_adams import _MIN_ORDER, AdamsBashforthMoulton
+from torchdiffeq._impl.fixed_adams import AdamsBashforthMoulton
 from torchdiffeq._impl.rk_common import RKAdaptiveStepsizeODESolver
 from torchdiffeq._impl.solvers import FixedGridODESolver
 
@@ -193,21 +190,6 @@ def test_an_event_is_looked_for_in_one_call_and_lies_in_the_last_step(method: st
     assert torch.equal(solution, torch.stack([Y0, value]))
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_times_are_kept_in_the_wider_dtype_and_the_field_is_looked_up_at_each_call(
-    method: str, dtype: torch.dtype
-) -> None:
-    func = misc._check_inputs(field, Y0.to(dtype), T, 1e-4, 1e-4, method, None, None, SOLVERS)[1]
-    solver = SOLVERS[method](func=None, y0=Y0.to(dtype), rtol=1e-4, atol=1e-4, norm=misc._rms_norm, first_step=0.05)
-    solver.func = func
-    solver.integrate(T.to(dtype))
-    assert solver.dtype == torch.float64
-    state = solver.rk_state
-    assert state.t0.dtype == state.t1.dtype == torch.float64
-    assert state.y1.dtype == state.f1.dtype == dtype
-
-
 # Fixed-grid solvers.
 
 
@@ -316,88 +298,4 @@ def test_a_fixed_step_remembers_nothing_of_the_step_before(method: str) -> None:
 # Adams methods.
 
 
-@pytest.mark.parametrize("method", ADAMS)
-def test_history_of_slopes_is_latest_first_and_of_known_length(method: str) -> None:
-    solver, calls = watched(method, "_update_history", step_size=0.05, max_order=6)
-    assert isinstance(solver.prev_f, collections.deque)
-    assert solver.prev_f.maxlen == solver.max_order - 1 == 5
-    assert solver.prev_t is None
-    solver.integrate(T)
-    seen = [call.args for call in calls]
-    kept = [f for i, (t, f) in enumerate(seen) if not any(t is before for before, _ in seen[:i])]
-    assert all(one is other for one, other in zip(solver.prev_f, reversed(kept), strict=False)), (
-        "prev_f no longer holds the first slopes of the steps, latest first"
-    )
-    assert solver.prev_t is seen[-1][0]
-
-
-@pytest.mark.parametrize("max_order", [4, 5, 12])
-@pytest.mark.parametrize("method", ADAMS)
-def test_steps_with_too_short_a_history_are_runge_kutta_steps(method: str, max_order: int) -> None:
-    names = ("_step_func", "_update_history", "_has_converged")
-    solver, calls = watched(method, *names, step_size=0.02, max_order=max_order)
-    times: list[float] = []
-    inner = solver.func.base_func
-
-    def counting(t: Tensor, y: Tensor) -> Tensor:
-        times.append(float(t))
-        slope: Tensor = inner(t, y)
-        return slope
-
-    solver.func.base_func = counting
-    solver.integrate(T)
-    begins = [i for i, call in enumerate(calls) if call.name == "_step_func"]
-    evaluations = []
-    for number, (i, following) in enumerate(zip(begins, [*begins[1:], len(calls)], strict=True)):
-        assert calls[i + 1].name == "_update_history", "a step no longer begins by adding its first slope"
-        corrections = sum(call.name == "_has_converged" for call in calls[i:following])
-        runge_kutta = min(number + 1, max_order - 1) < _MIN_ORDER - 1
-        evaluations.append(4 if runge_kutta else 1 + corrections)
-        assert corrections == 0 or (solver.implicit and not runge_kutta)
-    assert len(times) == sum(evaluations), "the steps with a short history are other ones, or they iterate otherwise"
-
-
 # The names of options, and the arithmetic of the times, for all.
-
-
-@pytest.mark.parametrize("method", ADAPTIVE + FIXED + ADAMS)
-def test_constructors_take_the_field_the_state_and_tolerances_by_name(method: str) -> None:
-    known = set().union(*(inspect.signature(cls).parameters for cls in SOLVERS[method].__mro__ if cls is not object))
-    assert {"func", "y0", "rtol" if method not in FIXED else "func"} <= known
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(
-    ("method", "options"),
-    [(method, options) for method in ADAPTIVE for options in ({}, {"jump_t": JUMP_T})]
-    + [(method, options) for method in FIXED for options in ({}, {"perturb": True})],
-    ids=lambda value: value if isinstance(value, str) else "".join(value) or "plain",
-)
-def test_the_replay_asks_the_field_for_the_very_times_of_the_solve(
-    method: str, options: dict[str, Any], dtype: torch.dtype
-) -> None:
-    times: list[float] = []
-
-    def func(t: Tensor, y: Tensor) -> Tensor:
-        times.append(float(t))
-        return field(t, y)
-
-    y0 = Y0.to(dtype).requires_grad_()
-    stepping = {"first_step": 0.09} if method in ADAPTIVE else {"step_size": 0.07}
-    solution = torchdiffeq.odeint_adjoint(
-        func,
-        y0,
-        T,
-        rtol=1e-2,
-        atol=1e-2,
-        method=method,
-        options={**options, **stepping},
-        adjoint_method="symplectic",
-        adjoint_options={"checkpoint": "stages"},
-        adjoint_params=(),
-    )
-    forward = list(times)
-    times.clear()
-    solution.sum().backward()
-    assert times, "nothing was replayed"
-    assert set(times) <= set(forward), "torchdiffeq computes the times of stages otherwise: stage_times must follow"

@@ -16,6 +16,7 @@ from torch.distributions import MultivariateNormal
 
 pytest.importorskip("torchdyn")
 
+from harness import each_mode
 from torchdyn.core import NeuralODE
 from torchdyn.models import CNF, GNF, HNN, LNN
 from torchdyn.models.cnf import autograd_trace, hutch_trace
@@ -25,14 +26,12 @@ from torchdyn.nn import (
     DataControl,
     DepthCat,
     Fourier,
-    GalConv2d,
     GalLinear,
     GaussianRBF,
     MultiquadRBF,
     Polynomial,
     VanillaRBF,
 )
-from torchdyn_cases import each_mode
 from torchdyn_training import assert_same_training, built
 
 pytestmark = pytest.mark.usefixtures("double_precision")  # models and data are of the default type
@@ -118,16 +117,6 @@ def test_flow_of_two_batches_before_one_backward(mode: str, flow: str) -> None:
 
 
 @each_mode
-def test_flow_of_two_batches_of_different_size(mode: str) -> None:
-    """The noise that a replay finds does not even have the shape of its own."""
-
-    def loss(model: nn.Module, step: int) -> Tensor:
-        return negative_log_likelihood(model, torch.randn(6, 2)) + negative_log_likelihood(model, torch.randn(3, 2))
-
-    assert_same_training(flow_model("Hutchinson", "dopri5"), loss, mode)
-
-
-@each_mode
 def test_noise_of_the_last_forward_call_is_there_after_backward(mode: str) -> None:
     """What backward puts in place for the replay, it takes away again."""
     model = built(flow_model("Hutchinson", "rk4"), mode)
@@ -138,20 +127,6 @@ def test_noise_of_the_last_forward_call_is_there_after_backward(mode: str) -> No
     assert torch.equal(flow.noise, noise_before)
     second.backward()
     assert torch.equal(flow.noise, noise_before)
-
-
-@each_mode
-def test_samples_and_densities_of_a_flow(mode: str) -> None:
-    """Trained forwards, sampled backwards without gradient, and back again: the density that the samples came with."""
-
-    def loss(model: nn.Module, step: int) -> Any:
-        node: Any = model[1]  # type: ignore[index]
-        ends = torch.cat([torch.zeros(6, 1), torch.randn(6, 2)], 1)
-        with torch.no_grad():
-            samples = node.trajectory(ends, torch.linspace(1, 0, 2))[-1]
-        return negative_log_likelihood(model, samples[:, 1:]) + 0.1 * model(samples[:, 1:])[-1].square().mean()
-
-    assert_same_training(flow_model("exact trace", "dopri5"), loss, mode)
 
 
 # Depth and data.
@@ -196,29 +171,6 @@ def test_layer_of_two_batches_before_one_backward(mode: str, layer: str) -> None
     assert_same_training(of_field(LAYERS[layer], "dopri5"), loss, mode)
 
 
-@each_mode
-def test_control_by_data_that_is_itself_trained(mode: str) -> None:
-    """torchdyn detaches the control: what encodes the data is trained as the initial state alone."""
-
-    def build(sensitivity: str) -> nn.Module:
-        node = NeuralODE(controlled_field(), solver="dopri5", sensitivity=sensitivity, return_t_eval=False)
-        return nn.Sequential(nn.Linear(2, 2), node)
-
-    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
-
-
-@pytest.mark.parametrize("order", ["first", "last"])
-@each_mode
-def test_augmenter_with_a_network(mode: str, order: str) -> None:
-    def build(sensitivity: str) -> nn.Module:
-        augmenter = Augmenter(1, augment_func=nn.Linear(2, 3), order=order)
-        return nn.Sequential(
-            augmenter, NeuralODE(net(5, 5), solver="tsit5", sensitivity=sensitivity, return_t_eval=False)
-        )
-
-    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
-
-
 # Galerkin layers: weights are computed from the time, which DepthCat puts into the last column.
 
 BASES: dict[str, Callable[[], nn.Module]] = {
@@ -250,24 +202,6 @@ def test_galerkin_layer(mode: str, basis: str, solver: str) -> None:
     assert_same_training(of_field(field, solver), to_the_target, mode)
 
 
-@each_mode
-def test_two_galerkin_layers(mode: str) -> None:
-    def field() -> nn.Module:
-        first, second = GalLinear(2, 4, expfunc=Fourier(3)), GalLinear(4, 2, expfunc=Polynomial(2))
-        return nn.Sequential(DepthCat(1), galerkin(first), nn.Tanh(), DepthCat(1), galerkin(second))
-
-    assert_same_training(of_field(field, "tsit5"), to_the_target, mode)
-
-
-@each_mode
-def test_galerkin_convolution(mode: str) -> None:
-    def field() -> nn.Module:
-        return nn.Sequential(DepthCat(1), galerkin(GalConv2d(2, 2, kernel_size=3, padding=1, expfunc=Fourier(3))))
-
-    images = torch.linspace(-1, 1, 2 * 2 * 4 * 4).reshape(2, 2, 4, 4)
-    assert_same_training(of_field(field, "rk4"), lambda model, step: model(images, TIMES)[1].square().mean(), mode)
-
-
 # Dynamics of second order, and fields that are gradients of an energy.
 
 
@@ -285,15 +219,6 @@ def test_second_order(mode: str, solver: str, field: Callable[[], nn.Module]) ->
         return nn.Sequential(Augmenter(1, augment_func=nn.Linear(2, 2)), node)
 
     assert_same_training(build, lambda model, step: model(POINTS)[1:].square().mean(), mode)
-
-
-@each_mode
-def test_third_order(mode: str) -> None:
-    def build(sensitivity: str) -> nn.Module:
-        node = NeuralODE(net(6, 2), solver="dopri5", order=3, sensitivity=sensitivity, return_t_eval=False)
-        return nn.Sequential(Augmenter(1, 4), node)
-
-    assert_same_training(build, lambda model, step: model(POINTS)[-1].square().mean(), mode)
 
 
 class Lagrangian(nn.Module):
@@ -330,22 +255,3 @@ def test_lagrangian(mode: str, solver: str) -> None:
         return model(POINTS[:2], TIMES)[1].square().mean()  # type: ignore[no-any-return]
 
     assert_same_training(of_field(lambda: LNN(Lagrangian()), solver), loss, mode, steps=2)
-
-
-@each_mode
-def test_energy_along_a_trajectory(mode: str) -> None:
-    def loss(model: Any, step: int) -> Tensor:
-        return (model.trajectory(POINTS, TIMES)[-1] - TARGET).square().mean()  # type: ignore[no-any-return]
-
-    assert_same_training(of_field(ENERGIES["HNN"], "dopri5"), loss, mode)
-
-
-@each_mode
-def test_energy_of_several_particles(mode: str) -> None:
-    """Positions and momenta of two particles each, from the same state at two speeds."""
-    x = torch.linspace(-1, 1.3, 12).reshape(3, 4)
-
-    def loss(model: Any, step: int) -> Tensor:
-        return model(x, TIMES)[1].square().mean() + model(x, 0.5 * TIMES)[1][-1].pow(3).mean()  # type: ignore[no-any-return]
-
-    assert_same_training(of_field(lambda: HNN(net(4, 1)), "tsit5"), loss, mode)

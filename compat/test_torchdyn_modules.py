@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 import torch
-from cases import assert_same_gradients
+from harness import assert_same_gradients
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 pytest.importorskip("torchdyn")
 
 import pytorch_lightning
-from torchdyn.core import NeuralODE, ODEProblem
-from torchdyn_cases import each_mode, first_step_held
-from torchdyn_training import built, gradients_held_by, problems_of
+from harness import each_mode, first_step_held
+from torchdyn.core import NeuralODE
+from torchdyn_training import built, gradients_held_by
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults.
 pytestmark = pytest.mark.filterwarnings("ignore:Setting tolerances has no effect on fixed-step methods:UserWarning")
@@ -177,29 +177,6 @@ def test_lightning_trains_the_same_model(mode: str, learner: str, tmp_path: Path
         assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
 
 
-@each_mode
-@of_lightning
-def test_lightning_clips_and_accumulates(mode: str, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}
-    with first_step_held():
-        truth = trained_by_lightning(built(LEARNERS["around"], "autograd"), tmp_path, **settings)
-    found = trained_by_lightning(built(LEARNERS["around"], mode), tmp_path, **settings)
-    for one, other in zip(found.parameters(), truth.parameters(), strict=True):
-        assert torch.allclose(one, other, rtol=1e-9, atol=1e-12)
-
-
-@each_mode
-@of_lightning
-def test_checkpoints_of_lightning(mode: str, tmp_path: Path) -> None:
-    """Written after an epoch, and trained on from there."""
-    learner = trained_by_lightning(built(LEARNERS["around"], mode), tmp_path)
-    trainer = learner.trainer
-    trainer.save_checkpoint(tmp_path / "model.ckpt")
-    other = Learner(built(neural_ode, mode, seed=5))
-    other.load_state_dict(torch.load(tmp_path / "model.ckpt", weights_only=False)["state_dict"])
-    assert_same(solution_and_gradients(other.model), solution_and_gradients(learner.model))
-
-
 # Files and copies.
 
 
@@ -256,51 +233,6 @@ def test_states_are_those_of_torchdyn(mode: str) -> None:
     assert_same(solution_and_gradients(model), solution_and_gradients(upstream, held=True))
 
 
-def under_no_grad(sensitivity: str) -> Any:
-    with torch.no_grad():
-        return neural_ode(sensitivity)
-
-
-def thawed(sensitivity: str) -> Any:
-    """Parameters frozen while the model was made."""
-    field = Field().requires_grad_(False)
-    model = NeuralODE(field, solver="dopri5", sensitivity=sensitivity, atol=1e-4, rtol=1e-4)
-    field.layers.requires_grad_(True)
-    return model
-
-
-def loaded(sensitivity: str) -> Any:
-    return saved_and_loaded(neural_ode(sensitivity))
-
-
-def without_flat_parameters(sensitivity: str) -> Any:
-    model = neural_ode(sensitivity)
-    model.vf_params = None
-    return model
-
-
-# torchdyn keeps a flat copy of the parameters with its graph, which cannot be copied. These have it without one.
-COPYABLE: dict[str, Callable[[str], Any]] = {
-    "made under no_grad": under_no_grad,
-    "frozen when made": thawed,
-    "loaded from a file": loaded,
-    "flat copy taken away": without_flat_parameters,
-}
-
-
-@pytest.mark.parametrize("after", ["construction", "forward", "backward"])
-@pytest.mark.parametrize("made", COPYABLE)
-@each_mode
-def test_deepcopy_where_torchdyns_autograd_mode_survives_it(mode: str, made: str, after: str) -> None:
-    truth, model = built(COPYABLE[made], "autograd"), built(COPYABLE[made], mode)
-    for each in (truth, model):
-        if after != "construction":
-            solution = each(state(), TIMES)[1]
-        if after == "backward":
-            solution.sum().backward()
-    assert_same(solution_and_gradients(copy.deepcopy(model)), solution_and_gradients(copy.deepcopy(truth), held=True))
-
-
 @pytest.mark.parametrize("after", ["construction", "backward"])
 @each_mode
 def test_deepcopy_fails_as_in_torchdyns_autograd_mode(mode: str, after: str) -> None:
@@ -326,26 +258,6 @@ def test_conversion_after_construction(mode: str, solver: str, convert: Callable
     truth = solution_and_gradients(convert(built(single, "autograd")), held=True)
     assert truth[0].dtype == torch.float64
     assert_same(solution_and_gradients(convert(built(single, mode))), truth)
-
-
-@each_mode
-def test_conversion_between_two_solves(mode: str) -> None:
-    """From float64 to float32 and back, with a solve in each."""
-    models = {name: built(neural_ode, name) for name in ("autograd", mode)}
-    for dtype in (torch.float64, torch.float32, torch.float64):
-        truth = solution_and_gradients(models["autograd"].to(dtype), held=True)
-        assert truth[0].dtype == dtype
-        assert_same(solution_and_gradients(models[mode].to(dtype)), truth)
-
-
-@each_mode
-def test_unused_and_frozen_parameters(mode: str) -> None:
-    """Zeros for the unused, which DistributedDataParallel needs; nothing for the frozen."""
-    model = built(neural_ode, mode)
-    _, gradients = solution_and_gradients(model)
-    field = "vf.vf."
-    assert torch.equal(gradients[f"{field}unused"], torch.zeros(2, dtype=torch.float64))  # type: ignore[arg-type]
-    assert gradients[f"{field}frozen"] is None
 
 
 # What a solve leaves behind.
@@ -380,67 +292,3 @@ def test_a_model_is_freed_with_its_solution(mode: str) -> None:
 
 
 # Layers with a state of their own, in the field; steps are fixed, as adaptive ones would depend on it.
-
-
-class Batched(nn.Module):
-    """No bias comes before the layer: the gradient of one before a batch norm is zero but for rounding."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(3, 5, bias=False), layer, nn.Tanh(), nn.Linear(5, 3)).double()
-
-    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        slope: Tensor = self.layers(x) * torch.cos(t)
-        return slope
-
-
-LAYERS: dict[str, Callable[[], nn.Module]] = {
-    "batch norm": lambda: nn.BatchNorm1d(5),
-    "batch norm, no running statistics": lambda: nn.BatchNorm1d(5, track_running_stats=False),
-    "dropout": lambda: nn.Dropout(0.4),
-    "alpha dropout": lambda: nn.AlphaDropout(0.3),
-    "layer norm": lambda: nn.LayerNorm(5),
-}
-each_layer = pytest.mark.parametrize("layer", LAYERS)
-
-
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("solver", ["euler", "rk4"])
-@each_layer
-@each_mode
-def test_layer_with_a_state_of_its_own(mode: str, layer: str, solver: str, training: bool) -> None:
-    """Gradients, and everything that the layer keeps: statistics move once, random numbers are drawn once."""
-    found: list[Any] = []
-    for name in ("autograd", mode):
-        model = built(lambda sensitivity: NeuralODE(Batched(LAYERS[layer]()), solver, sensitivity=sensitivity), name)
-        model.train(training)
-        torch.manual_seed(12)
-        pair = solution_and_gradients(model)
-        found.append((pair, dict(model.named_buffers()), torch.rand(1), model.training))
-    (truth, buffers, number, flag), (actual, own_buffers, own_number, own_flag) = found
-    assert_same(actual, truth)
-    assert buffers.keys() == own_buffers.keys()
-    for key, value in buffers.items():
-        assert torch.equal(own_buffers[key], value)
-    assert torch.equal(own_number, number)
-    assert flag == own_flag == training
-
-
-@each_layer
-@each_mode
-def test_two_solves_before_one_backward(mode: str, layer: str) -> None:
-    gradients = []
-    for name in ("autograd", mode):
-        model = built(lambda sensitivity: NeuralODE(Batched(LAYERS[layer]()), "rk4", sensitivity=sensitivity), name)
-        torch.manual_seed(12)
-        first, second = model(state(), TIMES)[1], model(2 - state(), TIMES)[1]
-        (first.pow(3).sum() + 2 * second.square().sum()).backward()
-        gradients.append(gradients_held_by(model))
-    assert_same_gradients(gradients[1], gradients[0], torch.float64)
-
-
-def test_a_model_is_a_module_of_torchdyn() -> None:
-    """So that the helpers of these tests find what they set."""
-    model = nn.Sequential(nn.Linear(1, 1), neural_ode("symplectic"))
-    assert [type(problem) for problem in problems_of(model)] == [NeuralODE]
-    assert issubclass(NeuralODE, ODEProblem)

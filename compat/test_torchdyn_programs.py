@@ -20,13 +20,13 @@ from torch.nn.functional import cross_entropy
 
 pytest.importorskip("torchdyn")
 
-from old_harness import is_replayed
+from harness import each_mode
+from outcomes import is_replayed
 from torchdyn.core import NeuralODE
 from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import Augmenter, DepthCat
-from torchdyn_cases import each_mode
 from torchdyn_training import Build, Training, assert_same_training, built, train
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults, its own adjoint among them.

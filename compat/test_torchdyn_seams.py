@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,6 @@ import torchdyn.numerics
 from torch import Tensor, nn
 from torchdyn.core.defunc import DEFunc
 from torchdyn.core.problems import standardize_vf_call_signature
-from torchdyn.models.cnf import CNF, hutch_trace
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts.torchdyn import _problems, _solving
@@ -82,12 +80,6 @@ def test_arguments_of_the_methods_are_those_of_ours(theirs: Callable[..., Any], 
     assert arguments_of(theirs) == arguments_of(ours), "the method has other arguments or defaults: ours must follow"
 
 
-@pytest.mark.parametrize("name", ["sensitivity", "solver_adjoint"])
-def test_the_constructor_has_the_arguments_that_may_name_a_mode(name: str) -> None:
-    assert name in inspect.signature(ODEProblem.__init__).parameters
-    assert name in inspect.signature(NeuralODE.__init__).parameters
-
-
 def descendants(cls: type) -> set[type]:
     return {cls}.union(*map(descendants, cls.__subclasses__()))
 
@@ -108,15 +100,6 @@ PROBLEMS = sorted(
 def test_no_further_class_defines_what_is_replaced(name: str, holders: set[type]) -> None:
     found = {cls for cls in PROBLEMS if name in vars(cls)}
     assert found == holders, f"another class of torchdyn has its own {name}: register() must replace it there, too"
-
-
-def test_every_problem_is_known() -> None:
-    assert [cls.__name__ for cls in PROBLEMS] == [
-        "MultipleShootingLayer",
-        "MultipleShootingProblem",
-        "NeuralODE",
-        "ODEProblem",
-    ], "torchdyn has another kind of ODEProblem: see what it does with a sensitivity"
 
 
 @pytest.mark.parametrize("cls", PROBLEMS)
@@ -160,18 +143,6 @@ def test_a_call_goes_through_the_method_odeint_with_all_arguments(cls: Any, monk
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_problem_holds_what_its_solve_needs(cls: Any) -> None:
-    field, loss = Field(), nn.Identity()
-    model = cls(field, "dopri5", atol=0.25, rtol=0.5, interpolator="4th", integral_loss=loss, sensitivity="adjoint")
-    assert (model.atol, model.rtol, model.interpolator) == (0.25, 0.5, "4th")
-    assert model.integral_loss is loss
-    assert isinstance(model.solver, nn.Module), "the solver of a problem is no longer an object"
-    assert model.solver_adjoint is model.solver
-    assert isinstance(model.vf, nn.Module)
-    assert list(model.vf.parameters()) == list(field.parameters())
-
-
-@pytest.mark.parametrize("cls", CLASSES)
 def test_sensalg_and_sensitivity_are_plain_attributes_that_differ_only_if_assigned(cls: Any) -> None:
     model = cls(Field(), "euler", sensitivity="adjoint")
     assert vars(model)["sensalg"] == vars(model)["sensitivity"] == "adjoint"
@@ -206,12 +177,6 @@ def test_solver_adjoint_that_is_a_name_becomes_a_module() -> None:
     assert "solver_adjoint" in model._modules, "solver_adjoint is no longer a submodule: _init need not delete it first"
     with pytest.raises(KeyError, match="symplectic"):
         ODEProblem(Field(), "euler", solver_adjoint="symplectic")
-
-
-def test_multiple_shooting_has_its_solver_by_another_name() -> None:
-    problem = MultipleShootingProblem(Field(), "zero")
-    assert problem.parallel_solver == "zero"
-    assert problem.solver is None
 
 
 # What torchdyn dispatches on.
@@ -279,55 +244,6 @@ def test_a_trajectory_is_prepared_and_neither_interpolated_nor_saved_in_part(mon
     assert set(given) == {"f", "x", "t_span", "solver", "atol", "rtol"}, "trajectory solves with more: Call must follow"
 
 
-def test_a_call_solves_with_interpolator_save_at_and_args(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[inspect.BoundArguments] = []
-
-    def instead(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen.append(inspect.signature(odeint).bind(*args, **kwargs))
-        return T, X
-
-    monkeypatch.setattr(sys.modules["torchdyn.core.problems"], "odeint", instead)
-    model = ODEProblem(Field(), "dopri5", atol=0.25, rtol=0.5, interpolator="4th")
-    model(X, T, [0.3], {"some": "thing"})
-    given = seen[0].arguments
-    assert (given["f"], given["x"], given["t_span"]) == (model.vf, X, T)
-    assert (given["solver"], given["atol"], given["rtol"]) == (model.solver, 0.25, 0.5)
-    assert (given["interpolator"], given["save_at"], given["args"]) == ("4th", [0.3], {"some": "thing"})
-    assert len(given) == 9, "torchdyn solves with more: Call must follow"
-
-
-class Everything(nn.Module):
-    """Every layer of torchdyn that has a state of its own; what they compute does not matter here."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        noise = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2))
-        self.flow = CNF(nn.Linear(2, 2), trace_estimator=hutch_trace, noise_dist=noise)
-        self.exact = CNF(nn.Linear(2, 2))
-        self.control = torchdyn.nn.DataControl()
-        self.depth = torchdyn.nn.DepthCat(1)
-        self.galerkin = nn.Sequential(torchdyn.nn.DepthCat(1), torchdyn.nn.GalLinear(3, 3))
-        self.augmenter = torchdyn.nn.Augmenter(1, 2)
-
-    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        total: Tensor = self.flow(x) + self.exact(x) + self.galerkin(x) + self.control(x)[:, :3] + self.depth(x)[:, 1:]
-        return total
-
-
-def held(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """Every attribute of the field's modules."""
-    return {
-        (name, key): value
-        for name, module in model.vf.named_modules()  # type: ignore[union-attr]
-        for key, value in vars(module).items()
-        if not key.startswith("_") or key == "_control"
-    }
-
-
-def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any]) -> set[str]:
-    return {f"{name}.{key}" for name, key in after if after[name, key] is not before.get((name, key), before)}
-
-
 # The field.
 
 
@@ -347,14 +263,6 @@ def test_a_field_carries_the_loss_in_its_first_column_in_autograd_alone(sensitiv
         assert torch.equal(defunc(T[1], state), expected), "the running cost is no longer the slope of the first column"
     else:
         assert torch.equal(defunc(T[1], X), field(T[1], X)), "the first column is the loss in other sensitivities, too"
-
-
-@pytest.mark.parametrize("sensitivity", ["autograd", "symplectic"])
-def test_a_model_counts_the_column_of_the_loss_in_autograd_alone(sensitivity: str) -> None:
-    model = NeuralODE(Everything(), "euler", sensitivity=sensitivity, integral_loss=lambda t, x: x.sum(1))
-    model._prep_integration(X, T)
-    columns = model.vf.vf.control._control.shape[1]
-    assert columns == 3 - 2 - (sensitivity == "autograd"), "excess dimensions are counted by something else"
 
 
 def test_the_adjoint_adds_the_sum_of_the_running_cost() -> None:

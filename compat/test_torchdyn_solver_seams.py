@@ -19,11 +19,10 @@ pytest.importorskip("torchdyn")
 
 import torch
 from torch import Tensor, nn
-from torchdyn.core import NeuralODE
-from torchdyn.numerics.solvers.ode import SOLVER_DICT, Euler, str_to_solver
+from torchdyn.numerics.solvers.ode import SOLVER_DICT, str_to_solver
 
 import torchdiffeq_symplectic  # noqa: F401 (registers the modes)
-from torchdiffeq_symplectic.hosts.torchdyn._host import Tsitouras45, odeint, str_to_interp
+from torchdiffeq_symplectic.hosts.torchdyn._host import odeint, str_to_interp
 
 MODULE = sys.modules["torchdyn.numerics.odeint"]  # the package has a function of this name as well
 FIXED = ("euler", "midpoint", "rk4")
@@ -198,11 +197,6 @@ def test_times_that_decrease_are_negated_together_with_the_field(solver: str) ->
     assert max(inner) <= float(T[-1]) + 1e-12
 
 
-def test_times_as_a_list_are_joined_before_synchronisation() -> None:
-    run = watched_solve("euler", list(T.split(1)))
-    assert torch.equal(run.events[0].args[1], T)
-
-
 @each_solver
 def test_the_field_that_the_steps_get_is_one_object_and_the_given_one_forwards(solver: str) -> None:
     def given(t: Tensor, x: Tensor) -> Tensor:
@@ -216,14 +210,6 @@ def test_the_field_that_the_steps_get_is_one_object_and_the_given_one_forwards(s
     odeint(given, X, T.flip(0), stand, **TOLERANCES)
     (one,) = {event.args[0] for event in events}
     assert one is not given
-
-
-def test_a_stand_in_passes_for_the_solver_and_is_no_name() -> None:
-    stand = Watched(Tsitouras45(torch.float64), [])
-    assert isinstance(stand, Tsitouras45)
-    run = watched_solve("tsit5", interpolator="4th")
-    assert run.of("fit") == run.of("evaluate") == [], "tsit5 is interpolated now: _interpolator must not drop it"
-    assert len(watched_solve("dopri5", interpolator="4th").of("fit")) > 0
 
 
 @each_adaptive
@@ -245,13 +231,6 @@ def test_an_interpolator_that_is_a_name_is_made_and_synchronised_as_the_adapter_
     assert [event.args[0] is X for event in events] == [True] * len(made)
 
 
-def test_an_interpolator_that_is_an_object_is_used_as_it_is() -> None:
-    run = watched_solve("dopri5", interpolator="4th")
-    assert run.interpolator is not None
-    assert run.interpolator._read == {"bmid", "fit", "evaluate"}, "an interpolator is asked for something else"
-    assert run.interpolator._written == set()
-
-
 # Fixed steps.
 
 
@@ -271,24 +250,6 @@ def test_a_fixed_step_is_called_as_the_recorder_is_and_its_state_handed_on(solve
     states = [X, *(event.result[1] for event in found)]
     assert torch.equal(run.solution, torch.stack(states)), "the solution is made of something else"
     assert torch.equal(run.times, T)
-
-
-@each_fixed
-def test_times_of_fixed_steps_add_up_and_sizes_lead_to_the_next_time(solver: str) -> None:
-    t = T[0]
-    for step, following in zip(steps_of(watched_solve(solver), solver), T[1:], strict=True):
-        assert step["t"].shape == step["dt"].shape == ()
-        assert torch.equal(step["t"], t)
-        assert torch.equal(step["dt"], following - t), "sizes are computed otherwise"
-        t = t + step["dt"]
-
-
-@each_fixed
-def test_times_of_fixed_steps_are_functions_of_the_given_ones(solver: str) -> None:
-    t = T.clone().requires_grad_()
-    for number, step in enumerate(steps_of(watched_solve(solver, t), solver)):
-        (moved,) = torch.autograd.grad(step["t"] + step["dt"], t, retain_graph=True)
-        assert torch.equal(moved, torch.eye(len(T), dtype=torch.float64)[number + 1]), "steps no longer end at t_span"
 
 
 SAVED = {"all": [0, 1, 2, 3, 4], "some": [1, 3], "first": [0], "last": [4]}
@@ -315,21 +276,6 @@ def test_which_states_are_kept_is_decided_by_isclose_with_its_defaults() -> None
     assert len(watched_solve("euler", t, save_at=t[[0, 1]]).solution) == 3
     with pytest.raises(AssertionError, match="once and only once"):
         watched_solve("euler", t)
-
-
-def test_dictionaries_are_states_of_fixed_steps() -> None:
-    class Shearing(Euler):  # type: ignore[misc]
-        def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> tuple[Any, ...]:
-            slope = f(t, x)
-            return None, {key: x[key] + dt * slope[key] for key in x}, None
-
-    x = {"one": X, "other": X[0]}
-    times, solution = odeint(lambda t, x: {"one": -x["one"], "other": t * x["other"]}, x, T, Shearing(), **TOLERANCES)
-    assert list(solution) == ["one", "other"]
-    assert solution["one"].shape == (5, 2, 3)
-    assert solution["other"].shape == (5, 3)
-    assert torch.equal(solution["one"][0], X)
-    assert torch.equal(times, T)
 
 
 # Adaptive steps.
@@ -405,28 +351,6 @@ def test_outputs_without_interpolation_are_the_ends_of_steps_at_exactly_their_ti
     assert torch.equal(run.solution[1:], torch.stack(at_ends)), "outputs are found by something else than equality"
 
 
-@each_adaptive
-def test_sizes_depend_on_the_times_alone_where_the_first_choice_is_constant(
-    solver: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """So that each size is a function of t_span once the states are detached."""
-    t = T.clone().requires_grad_()
-    x = X.clone().requires_grad_()
-    choose = MODULE.init_step
-    monkeypatch.setattr(MODULE, "init_step", lambda *args: choose(*args).detach())
-    steps = steps_of(watched_solve(solver, t, x), solver)
-    sizes = torch.cat([step["dt"].reshape(1) for step in steps])
-    found = torch.autograd.grad(sizes.sum(), x, allow_unused=True, retain_graph=True)
-    assert not any(gradient is not None for gradient in found), "sizes are differentiated through the error estimate"
-    entries = [T.tolist().index(end_of(step)) for step in steps if end_of(step) in T.tolist()]
-    assert set(entries) == {1, 2, 3, 4}
-    ends = [step["t"] + step["dt"] for step in steps if end_of(step) in T.tolist()]
-    for end, entry in zip(ends, entries, strict=True):
-        (moved,) = torch.autograd.grad(end, t, retain_graph=True)
-        expected = torch.eye(len(T), dtype=torch.float64)[entry]
-        assert torch.equal(moved, expected), "a step that is cut short no longer ends at that entry of t_span"
-
-
 # Interpolation.
 
 
@@ -472,31 +396,6 @@ def test_interpolation_comes_in_accepted_steps_between_two_steps(monkeypatch: py
     assert all(end_of(step) not in t[1:-1].tolist() for step in steps), "interpolated outputs cut steps"
 
 
-def test_the_interpolant_is_a_polynomial_whose_coefficients_ascend() -> None:
-    interpolator = str_to_interp("4th", torch.float64)
-    parts = [torch.tensor([value], dtype=torch.float64) for value in (0.7, -0.2, 1.1, 1.4, 1.3)]
-    h, t0 = torch.tensor([0.6], dtype=torch.float64), torch.tensor([0.2], dtype=torch.float64)
-    coefficients = interpolator.fit(h, *parts)
-    assert isinstance(coefficients, list)
-    slope_0, slope_1, x0, x1, middle = parts
-    for theta, expected in ((0.0, x0), (0.5, middle), (1.0, x1)):
-        powers = sum(c * theta**power for power, c in enumerate(coefficients))
-        assert torch.allclose(powers, expected)
-        found = interpolator.evaluate([c.clone() for c in coefficients], t0, t0 + h, t0 + theta * h)
-        assert torch.allclose(found, expected)
-    rates = [sum(power * c * theta ** (power - 1) for power, c in enumerate(coefficients) if power) for theta in (0, 1)]
-    assert torch.allclose(torch.cat(rates), h * torch.cat([slope_0, slope_1]))
-
-
-def test_the_weights_of_the_middle_have_the_dtype_of_the_state() -> None:
-    interpolator = str_to_interp("4th", torch.float32)
-    assert interpolator.bmid.dtype == torch.float32
-    x, t_span = interpolator.sync_device_dtype(X, None)
-    assert x is X
-    assert t_span is None, "an interpolator looks at the times when it is synchronised"
-    assert interpolator.bmid.dtype == torch.float64
-
-
 # The solvers.
 
 
@@ -525,59 +424,3 @@ def test_a_solver_is_a_module_that_can_be_copied_and_says_how_it_steps(name: str
         nodes, rows, weights, _ = twin.tableau
         assert {part.dtype for part in (nodes, *rows, weights)} == {torch.float64}, "a tableau keeps its own dtype"
         assert solver.tableau[0].dtype == torch.float32, "a copy shares its tableau"
-
-
-@each_solver
-def test_a_step_depends_on_nothing_but_its_arguments(solver: str) -> None:
-    one = str_to_solver(solver, torch.float64)
-    one.sync_device_dtype(X, T)
-    step = (field, X, T[:1], T[1:2] - T[:1])
-    first = one.step(*step)[1]
-    one.step(field, 3 * X, T[1:2], T[2:3])
-    assert torch.equal(one.step(*step)[1], first), "it remembers something of the step before"
-
-
-@pytest.mark.parametrize("rounded", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("interpolator", [None, "4th"])
-@each_solver
-def test_the_replay_asks_the_field_for_the_very_times_of_the_solve(
-    solver: str, interpolator: str | None, rounded: torch.dtype
-) -> None:
-    times: list[float] = []
-
-    class Timed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.rate = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
-
-        def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-            times.append(float(t))
-            return self.rate * field(t, x)
-
-    model = NeuralODE(Timed(), solver, sensitivity="symplectic", interpolator=interpolator)
-    model.adjoint_options = {"checkpoint": "stages"}
-    _, solution = model(X, T.to(rounded))
-    forward = list(times)
-    times.clear()
-    solution.sum().backward()
-    assert times, "nothing was replayed"
-    assert set(times) <= set(forward), "the replay's times of stages are computed otherwise"
-
-
-def test_safety_factors_are_single_precision() -> None:
-    """So that sizes are rounded to it, and with them the products of a step: tableau.Narrow and Clock are for that."""
-    solver = str_to_solver("dopri5", torch.float64)
-    solver.sync_device_dtype(X, T)
-    for factor in (solver.safety, solver.min_factor):
-        assert factor.dtype == torch.float32, "safety factors are no longer float32: sizes are no longer rounded"
-        assert factor.shape == (1,)
-    run = watched_solve("dopri5", T[[0, -1]])
-    kinds = {(event.args[3].dtype, event.args[3].dim()) for event in run.of("step")}
-    assert (torch.float32, 1) in kinds
-
-
-@pytest.mark.parametrize("name", ["euler", "dopri5"])
-def test_coefficients_of_a_solver_by_name_are_those_of_single_precision_in_a_problem(name: str) -> None:
-    """A problem makes its solver before it knows the state; what is measured are the rounded coefficients."""
-    solver = NeuralODE(nn.Linear(3, 3), solver=name).solver
-    assert solver.dtype == torch.float32

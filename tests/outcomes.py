@@ -1,4 +1,4 @@
-"""Comparing what two runs of the same call showed: values, errors, words, warnings."""
+"""What a run showed, and how two runs of the same call differ: values, errors, words, warnings."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["differences"]
+__all__ = ["differences", "is_replayed"]
 
 
 def differences(found: Any, expected: Any, where: str = "") -> list[str]:
@@ -26,3 +26,17 @@ def differences(found: Any, expected: Any, where: str = "") -> list[str]:
         pairs = enumerate(zip(found, expected, strict=True))
         return [line for i, (one, other) in pairs for line in differences(one, other, f"{where}/{i}")]
     return [] if found == expected else [f"{where}: {found!r} for {expected!r}"]
+
+
+def is_replayed(loss: Tensor) -> bool:
+    """Whether ``loss`` comes from a solve that this package differentiates."""
+    stack, met = [loss.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in met:
+            continue
+        if node.name() == "_GradientBackward":
+            return True
+        met.add(node)
+        stack += [following for following, _ in node.next_functions]
+    return False

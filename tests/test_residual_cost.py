@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import MODES, each_mode
+from harness import MODES, each_mode
 from residual_blocks import DOUBLE, Dense, PostActivation, calls, needs_heun, sequence_of, state
 from torch import Tensor, nn
 

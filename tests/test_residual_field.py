@@ -10,7 +10,7 @@ from collections import OrderedDict
 import pytest
 import torch
 import torchdiffeq
-from old_harness import error
+from harness import error
 from residual_blocks import (
     DOUBLE,
     Dense,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from old_harness import MODES, each_mode, error, loss_of
+from harness import MODES, each_mode, error, loss_of
 from residual_blocks import (
     DOUBLE,
     FORMS,

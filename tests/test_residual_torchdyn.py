@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import error, loss_of
+from harness import error, loss_of
 from residual_blocks import FORMS, Dense, calls, forms, hidden_states, sequence_of, state
 from torch import Tensor, nn
 
@@ -14,7 +14,7 @@ pytest.importorskip("torchdyn")
 
 from torchdyn.core import NeuralODE, ODEProblem
 from torchdyn.numerics import odeint
-from torchdyn_cases import MODES, each_mode
+from torchdyn_training import MODES, each_mode
 
 from torchdiffeq_symplectic.resnet import ResidualField
 

@@ -12,10 +12,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from cases import assert_same_gradients, relative_error
+from harness import MODES as ARGUMENTS
+from harness import assert_same_gradients, first_step_held, relative_error
 from torch import Tensor, nn
 from torchdyn.core import ODEProblem
-from torchdyn_cases import MODES, first_step_held
+
+# Of the constructor, and what is set on the model afterwards.
+MODES: dict[str, dict[str, Any]] = {
+    name: {"sensitivity" if key == "adjoint_method" else key: value for key, value in own.items()}
+    for name, own in ARGUMENTS.items()
+}
 
 # Relative error of parameters after a few steps of an optimiser that divides gradients by their size.
 TRAINING_TOLERANCE = 1e-9
