@@ -75,38 +75,12 @@ def test_depths_belong_to_their_blocks(dtype: torch.dtype) -> None:
         check_places(count, dtype)
 
 
-@pytest.mark.slow
-@each_dtype
-def test_depths_belong_to_their_blocks_for_every_number_of_blocks(dtype: torch.dtype) -> None:
-    for count in range(2, LARGEST + 1):
-        check_places(count, dtype)
-
-
 @each_dtype
 def test_every_depth_of_the_longest_network(dtype: torch.dtype) -> None:
     for times in (host_grid(LARGEST, dtype), -host_grid(LARGEST, dtype, -1.0, 0.0)):
         found = [place_of(t, LARGEST, dtype) for t in times.tolist()]
         numbers = range(LARGEST + 1) if float(times[0]) == 0.0 else reversed(range(LARGEST + 1))
         assert found == [(min(n, LARGEST - 1), False) for n in numbers]
-
-
-@each_dtype
-def test_between_grid_points_is_between(dtype: torch.dtype) -> None:
-    for count in (2, 3, 10, 1000, LARGEST):
-        for n in {0, 1, count // 3, count - 2} - {count - 1}:
-            for part in (0.02, 0.5, 0.98):
-                assert place_of((n + part) / count, count, dtype) == Place(n, between=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_reaches_as_far_as_it_tells_blocks_apart(dtype: torch.dtype) -> None:
-    most = int(0.5 / torch.finfo(dtype).eps)
-    for count in (2, 10, most // 2, most):
-        for times in neighbours((torch.arange(count + 1, dtype=DOUBLE) / count).to(dtype)):
-            found = [place_of(t, count, dtype).block for t in times.tolist()]
-            assert found == [min(n, count - 1) for n in range(count + 1)]
-    with pytest.raises(ValueError, match=rf"{dtype} cannot tell {most + 1} blocks apart"):
-        place_of(0.0, most + 1, dtype)
 
 
 def expected_blocks(count: int, direction: str) -> list[int]:
@@ -142,27 +116,6 @@ def test_heun_uses_each_block_and_the_next(dtype: torch.dtype, perturb: bool) ->
         field, x = ResidualField(blocks), torch.zeros((), dtype=dtype)
         torchdiffeq.odeint(field, x, field.grid("heun2", dtype), method="heun2", options={"perturb": perturb})
         assert seen == list(itertools.chain.from_iterable(itertools.pairwise(range(count))))
-
-
-@pytest.mark.parametrize("dtype", [SINGLE, DOUBLE])
-@pytest.mark.parametrize("direction", ["forwards", "backwards"])
-def test_torchdyn_calls_one_block_a_step(direction: str, dtype: torch.dtype) -> None:
-    numerics = pytest.importorskip("torchdyn.numerics")
-    for count in SELECTED:
-        blocks, seen = telling(count)
-        field, x = ResidualField(blocks), torch.zeros(1, dtype=dtype)
-        grid = field.grid(dtype=dtype)
-        numerics.odeint(field, x, grid if direction == "forwards" else grid.flip(0), "euler")
-        assert seen == expected_blocks(count, direction)
-
-
-@pytest.mark.parametrize("count", [1000, LARGEST])
-def test_long_networks_in_a_solve_in_single_precision(count: int) -> None:
-    blocks, seen = telling(count)
-    field, ends = ResidualField(blocks), torch.tensor([0.0, 1.0], dtype=SINGLE)
-    options = {"step_size": field.step_size}
-    torchdiffeq.odeint(field, torch.zeros(()), ends, method="euler", options=options)
-    assert seen == list(range(count))
 
 
 @each_dtype

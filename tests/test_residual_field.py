@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from harness import error
 from residual_blocks import (
     DOUBLE,
     Dense,
-    Dropping,
     PostActivation,
     PreActivation,
     hidden_states,
@@ -38,16 +36,6 @@ class Rate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(self.w * x)
-
-
-class Evaluations(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        return 1.1 * x
 
 
 def depth(value: float) -> Tensor:
@@ -104,17 +92,6 @@ def test_piecewise_is_constant_up_to_the_next_block(t: float) -> None:
     assert torch.equal(field(depth(t), x), field(depth(int(4 * t) / 4), x))
 
 
-@each_interpolation
-def test_a_time_that_is_a_number_is_the_same_as_a_tensor(interpolate: str) -> None:
-    field, x = ResidualField(sequence_of(Dense, 4), interpolate=interpolate), state(4, 3).detach()
-    for t in (0, 0.25, 0.3, 1.0):
-        expected = field(depth(t), x)
-        assert torch.equal(field(t, x), expected)
-        assert torch.equal(field(depth(t).reshape(1), x), expected)
-        assert torch.equal(field(depth(t), x, {}), expected)
-        assert torch.equal(field(depth(t), x, args={}), expected)
-
-
 @pytest.mark.parametrize("interpolate", ["outputs", "weights"])
 def test_derivatives_between_blocks_are_those_of_the_formula(interpolate: str) -> None:
     first, second, part = 0.4, -1.1, 0.3
@@ -142,29 +119,6 @@ def test_derivatives_between_blocks_are_those_of_the_formula(interpolate: str) -
     assert in_w[0] is in_w[3] is None
 
 
-@pytest.mark.parametrize("interpolate", ["outputs", "weights"])
-def test_a_forward_mode_derivative_in_time_is_the_same(interpolate: str) -> None:
-    field, x = ResidualField(sequence_of(Dense, 4), interpolate=interpolate), state(4, 3).detach()
-    t = depth(0.3)
-    tangent = torch.func.jvp(lambda s: field(s, x), (t,), (torch.ones_like(t),))[1]
-    difference = (field(t + 1e-6, x) - field(t - 1e-6, x)) / 2e-6
-    torch.testing.assert_close(tangent, difference, rtol=1e-7, atol=1e-8)
-
-
-def test_statistics_are_interpolated_like_weights() -> None:
-    blocks = [block.eval() for block in sequence_of(PostActivation, 3)]
-    field, x = ResidualField(blocks, interpolate="weights"), state(3, 2, 4, 3).detach()
-    mixed = copy.deepcopy(blocks[0])
-    following = blocks[1].state_dict()
-    mixed.load_state_dict(
-        {
-            name: value + 0.25 * (following[name] - value) if value.is_floating_point() else value
-            for name, value in blocks[0].state_dict().items()
-        }
-    )
-    torch.testing.assert_close(field(depth(1 / 12), x), 3 * (mixed(x) - x), rtol=1e-13, atol=1e-13)
-
-
 @pytest.mark.parametrize(
     ("interpolate", "moved"), [("outputs", [1, 1, 0]), ("weights", [0, 0, 0]), ("piecewise", [1, 0, 0])]
 )
@@ -184,17 +138,6 @@ def _called(block: nn.Module, x: Tensor) -> nn.Module:
     clone = copy.deepcopy(block)
     clone(x)
     return clone
-
-
-@pytest.mark.parametrize(("interpolate", "calls"), [("outputs", 2), ("piecewise", 1)])
-def test_blocks_evaluated(interpolate: str, calls: int) -> None:
-    blocks = [Evaluations() for _ in range(4)]
-    field, x = ResidualField(blocks, interpolate=interpolate), torch.ones(2)
-    for number, (t, expected) in enumerate([(0.25, 1), (0.3, calls), (0.9, 1), (1.0, 1), (-0.1, 1)]):
-        for block in blocks:
-            block.calls = 0
-        field(t, x)
-        assert sum(block.calls for block in blocks) == expected, number
 
 
 @each_interpolation
@@ -252,17 +195,6 @@ def test_the_grid_is_on_the_blocks_device_and_in_their_dtype() -> None:
     assert float(field.step_size) == pytest.approx(0.25, rel=1e-15)
 
 
-def test_training_flags_are_the_blocks_own() -> None:
-    blocks = sequence_of(PostActivation, 3)
-    blocks[1].eval()
-    field = ResidualField(blocks)
-    assert [block.training for block in blocks] == [True, False, True]
-    assert field.training
-    assert not ResidualField([block.eval() for block in blocks]).training
-    field.train()
-    assert all(module.training for module in field.modules())
-
-
 @each_interpolation
 @pytest.mark.parametrize("gradients", [False, True])
 def test_a_block_that_overwrites_its_input_leaves_the_state_alone(gradients: bool, interpolate: str) -> None:
@@ -276,16 +208,6 @@ def test_a_block_that_overwrites_its_input_leaves_the_state_alone(gradients: boo
     assert error([found], [hidden_states(blocks, x)]) < 1e-14
 
 
-def test_a_block_that_overwrites_its_input_in_training_only_is_given_a_copy_then() -> None:
-    blocks = [nn.Sequential(nn.Dropout(0.5, inplace=True), nn.Tanh()).eval() for _ in range(3)]
-    field, x = ResidualField(blocks), state(4, 3).detach()
-    before = x.clone()
-    for training in (False, True, False, True):
-        field.train(training)
-        field(depth(0.0), x)
-        assert torch.equal(x, before)
-
-
 def test_a_block_that_begins_to_overwrite_its_input_is_named() -> None:
     blocks = [nn.Sequential(nn.ReLU(), nn.Tanh()) for _ in range(3)]
     field, x = ResidualField(blocks), state(4, 3).detach()
@@ -293,55 +215,3 @@ def test_a_block_that_begins_to_overwrite_its_input_is_named() -> None:
     blocks[1][0] = nn.ReLU(inplace=True)
     with pytest.raises(RuntimeError, match=r"block 1 \(Sequential\) changed its input in place.*inplace=False"):
         field(depth(1 / 3), x)
-
-
-def test_under_inference_mode_it_is_the_same() -> None:
-    blocks = sequence_of(PreActivation, 3)
-    field, x = ResidualField(blocks), state(2, 2, 4, 3).detach()
-    expected = hidden_states(blocks, x)
-    with torch.inference_mode():
-        found = torchdiffeq.odeint(field, x.clone(), field.grid(), method="euler")
-    assert error([found], [expected]) < 1e-14
-    assert torch.equal(torchdiffeq.odeint(field, x, field.grid(), method="euler"), found)
-
-
-@pytest.mark.parametrize("shape", [(), (3,), (4, 3), (2, 1, 3), (2, 3, 5, 4), (1, 2, 3, 4, 5)])
-def test_states_of_any_rank(shape: tuple[int, ...]) -> None:
-    blocks = [Rate(w) for w in (0.3, -0.5, 0.9)]
-    field, x = ResidualField(blocks, residual=True), state(*shape)
-    found = torchdiffeq.odeint(field, x, field.grid(), method="euler")
-    assert error([found], [hidden_states(blocks, x, residual=True)]) < 1e-14
-
-
-def test_autocast_blocks_keep_the_states_dtype() -> None:
-    blocks = [block.float() for block in sequence_of(Dense, 4)]
-    field, x = ResidualField(blocks), state(4, 3).detach().float()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = torchdiffeq.odeint(field, x, field.grid(), method="euler")
-        expected = hidden_states(blocks, x)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_modules_that_hold_the_blocks_are_iterated() -> None:
-    blocks = sequence_of(Dense, 3)
-    named = OrderedDict(zip("abc", blocks, strict=True))
-    for given in (nn.Sequential(*blocks), nn.Sequential(named), nn.ModuleList(blocks), tuple(blocks), named.values()):
-        assert list(ResidualField(given)) == blocks
-    assert list(ResidualField(nn.Sequential(nn.Identity(), *blocks)[1:])) == blocks
-
-
-def test_its_representation_tells_what_it_is() -> None:
-    text = repr(ResidualField(sequence_of(Dense, 3), interpolate="weights"))
-    assert "N=3, residual=False, interpolate='weights'" in text
-
-
-@pytest.mark.parametrize("interpolate", INTERPOLATIONS)
-def test_dropout_between_blocks_draws_from_the_same_generator(interpolate: str) -> None:
-    field, x = ResidualField(sequence_of(Dropping, 3), interpolate=interpolate), state(4, 3).detach()
-    torch.manual_seed(2)
-    first = field(depth(0.1), x)
-    second = field(depth(0.1), x)
-    torch.manual_seed(2)
-    assert torch.equal(field(depth(0.1), x), first)
-    assert not torch.equal(first, second)

@@ -80,17 +80,6 @@ def test_the_hosts_own_grid_gives_the_same(mode: str, count: int) -> None:
     assert error(gradients, torch.autograd.grad(loss_of(expected), wanted)) < EXACT
 
 
-@pytest.mark.parametrize("times", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("states", [torch.float32, DOUBLE])
-def test_single_precision_of_times_or_states_chooses_the_same_blocks(states: torch.dtype, times: torch.dtype) -> None:
-    blocks, x = [block.to(states) for block in sequence_of(Dense, 300, scale=1 / 300)], state(2, 3).to(states)
-    field = ResidualField(blocks)
-    found = torchdiffeq.odeint(field, x, field.grid(dtype=times), method="euler")
-    # Steps are differences of rounded times, so they are 1/N up to N roundings.
-    precision = torch.finfo(torch.float32 if torch.float32 in (states, times) else DOUBLE).eps
-    assert error([found], [hidden_states(blocks, x)]) < 10 * precision
-
-
 @each_mode
 def test_batch_norm_in_training_moves_its_statistics_once(mode: str) -> None:
     blocks, x = sequence_of(PostActivation, 4), state(3, 2, 4, 3)
@@ -153,28 +142,6 @@ def test_backward_leaves_the_modules_as_they_are(mode: str) -> None:
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@each_mode
-def test_the_mode_switched_between_forward_and_backward_is_restored(mode: str) -> None:
-    blocks, x = sequence_of(PostActivation, 3), state(3, 2, 4, 3)
-    wanted = leaves(blocks, x)
-    expected = torch.autograd.grad(loss_of(hidden_states(copy.deepcopy(blocks), x)), x)
-    field = ResidualField(blocks)
-    loss = loss_of(solve(mode, field, x, field.grid(), method="euler"))
-    field.eval()
-    assert error(torch.autograd.grad(loss, wanted)[:1], expected) < EXACT
-    assert not any(module.training for module in field.modules())
-
-
-@each_mode
-def test_frozen_blocks_pass_gradients_through(mode: str) -> None:
-    blocks, x = sequence_of(Dense, 4), state(4, 3)
-    blocks[1].requires_grad_(False)
-    field = ResidualField(blocks)
-    wanted = [tensor for tensor in leaves(blocks, x) if tensor.requires_grad]
-    found = torch.autograd.grad(loss_of(solve(mode, field, x, field.grid(), method="euler")), wanted)
-    assert error(found, torch.autograd.grad(loss_of(hidden_states(blocks, x)), wanted)) < EXACT
-
-
 @pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
 @each_mode
 def test_between_grid_points_the_gradient_is_that_of_the_solve(mode: str, interpolate: str) -> None:
@@ -187,23 +154,6 @@ def test_between_grid_points_the_gradient_is_that_of_the_solve(mode: str, interp
         torch.autograd.grad(loss_of(solve(chosen, field, x, t, **settings)), wanted) for chosen in ("backprop", mode)
     )
     assert error(found, expected) < EXACT
-
-
-@each_mode
-def test_with_weights_between_blocks_backward_moves_no_statistics(mode: str) -> None:
-    blocks, x = sequence_of(PostActivation, 3), state(3, 2, 4, 3)
-    field = ResidualField(blocks, interpolate="weights")
-    t = torch.tensor([0.05, 0.3, 0.6], dtype=DOUBLE)
-    before = copy.deepcopy(field.state_dict())
-    solution = solve(mode, field, x, t, method="midpoint")
-    wanted = leaves(blocks, x)
-    gradients = torch.autograd.grad(loss_of(solution), wanted)
-    assert (
-        error(gradients, torch.autograd.grad(loss_of(solve("backprop", field, x, t, method="midpoint")), wanted))
-        < EXACT
-    )
-    for name, value in field.state_dict().items():
-        assert torch.equal(value, before[name])
 
 
 @pytest.mark.slow

@@ -6,15 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import error, loss_of
+from harness import each_mode, error, loss_of
 from residual_blocks import FORMS, Dense, calls, forms, hidden_states, sequence_of, state
 from torch import Tensor, nn
 
 pytest.importorskip("torchdyn")
 
 from torchdyn.core import NeuralODE, ODEProblem
-from torchdyn.numerics import odeint
-from torchdyn_training import MODES, each_mode
+from torchdyn_training import MODES
 
 from torchdiffeq_symplectic.resnet import ResidualField
 
@@ -26,15 +25,6 @@ def solution_of(mode: str, field: ResidualField, x: Tensor) -> Tensor:
     model.adjoint_options = options
     solution: Tensor = model(x, field.grid())
     return solution
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_its_euler_solution_is_the_networks_hidden_states(form: str) -> None:
-    blocks, keywords, shape = forms()[form]
-    field, x = ResidualField(blocks, **keywords), state(*shape)
-    expected = hidden_states(blocks, x, **keywords)
-    _, found = odeint(field, x, field.grid(), "euler")
-    assert error([found], [expected]) < 1e-14
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -79,4 +69,4 @@ def test_python_work_a_block_does_not_grow_with_depth(mode: str) -> None:
         train()
         return calls(train) / count
 
-    assert calls_a_block(400) <= 1.3 * calls_a_block(50)
+    assert calls_a_block(200) <= 1.3 * calls_a_block(40)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from residual_blocks import DOUBLE, FORMS, PostActivation, forms, sequence_of, state
+from residual_blocks import DOUBLE, FORMS, forms, state
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.resnet import ResidualField, reference
+from torchdiffeq_symplectic.resnet import ResidualField
 from torchdiffeq_symplectic.resnet.bounds import Linearised, bound, lipschitz_constant
 from torchdiffeq_symplectic.resnet.reference import Comparison, compare_with_solution
 
@@ -97,25 +97,6 @@ def test_lipschitz_constant_is_the_largest_singular_value(shape: tuple[int, ...]
     assert lipschitz_constant(at, generator()) == pytest.approx(largest, rel=1e-3)
 
 
-@pytest.mark.parametrize("gap", [1.0, 0.999, 0.5], ids=str)
-def test_lipschitz_constant_where_singular_values_are_close(gap: float) -> None:
-    values = torch.linspace(gap, 0, 200, dtype=DOUBLE)
-    values[0] = 1
-    at = Linearised(lambda x: values * x, torch.ones(200, dtype=DOUBLE))
-    assert lipschitz_constant(at, generator()) == pytest.approx(1, rel=1e-2)
-
-
-def test_lipschitz_constant_of_a_constant_is_zero() -> None:
-    for function in (torch.zeros_like, lambda x: nn.Parameter(torch.ones_like(x)) * 2):
-        assert lipschitz_constant(Linearised(function, state(3)), generator()) == 0
-
-
-def test_attention_can_be_linearised() -> None:
-    layer = sequence_of(nn.TransformerEncoderLayer, 1, d_model=4, nhead=2, dim_feedforward=5, dtype=DOUBLE)[0].eval()
-    at, jacobian = linearised(layer, state(2, 3, 4))
-    assert lipschitz_constant(at, generator()) == pytest.approx(float(torch.linalg.svdvals(jacobian)[0]), rel=1e-3)
-
-
 def test_bound_is_the_papers_for_constants_that_do_not_vary() -> None:
     # Proposition 1 with (1 + L/N)^n for e^(L n/N): C ((1 + L/N)^n - 1) / (2 N L)
     count, lipschitz, curvature = 50, 0.7, 5.0
@@ -130,10 +111,6 @@ def test_bound_is_the_recursion() -> None:
     assert bound([3.0, 0.5, 2.0], [1.0, 4.0, 0.0]) == [0.0, 1.0, 4.5, 9.0]
     assert bound([math.inf, 2.0], [1.0, math.inf])[-1] == math.inf
     assert bound([math.inf], [0.0]) == [0.0, 0.0]
-
-
-def test_bound_beyond_a_float_is_infinite() -> None:
-    assert bound([1e5] * 400, [1.0] * 400)[-1] == math.inf
 
 
 @pytest.mark.parametrize("count", [2, 3, 10, 100])
@@ -169,35 +146,6 @@ def test_distance_to_the_solution_of_a_scalar_field(count: int, interpolate: str
     assert_bounded(found)
 
 
-def test_distance_to_a_solution_by_many_small_steps() -> None:
-    blocks, x = smooth_blocks(6, seed=0), state(3, 4).detach()
-    found = compare(ResidualField(blocks, residual=True), x, accuracy=1e-6)
-
-    def field(s: float, y: Tensor) -> Tensor:
-        n = min(int(s), 5)
-        value: Tensor = torch.lerp(blocks[n](y), blocks[min(n + 1, 5)](y), s - n)
-        return value / 6
-
-    network = solution = x
-    with torch.no_grad():
-        for n, block in enumerate(blocks):
-            network = network + block(network) / 6
-            for i in range(50):
-                s, h = n + i / 50, 1 / 50
-                k1 = field(s, solution)
-                k2 = field(s + h / 2, solution + h / 2 * k1)
-                k3 = field(s + h / 2, solution + h / 2 * k2)
-                k4 = field(s + h * (1 - 1e-12), solution + h * k3)
-                solution = solution + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
-            assert found.distance[n + 1] == pytest.approx(float((network - solution).norm()), rel=1e-5)
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize("count", [2, 5, 17])
-def test_bound_holds_for_smooth_networks(count: int, seed: int) -> None:
-    assert_bounded(compare(ResidualField(smooth_blocks(count, seed), residual=True), state(3, 4)))
-
-
 @pytest.mark.parametrize("interpolate", ["outputs", "piecewise"])
 @pytest.mark.parametrize("count", [4, 16])
 def test_bound_holds_for_rough_networks(count: int, interpolate: str) -> None:
@@ -209,18 +157,6 @@ def test_bound_holds_for_rough_networks(count: int, interpolate: str) -> None:
 def test_bound_holds_for_every_form_of_network(name: str) -> None:
     blocks, keywords, shape = forms()[name]
     assert_bounded(compare(ResidualField(blocks, **keywords), state(*shape)))
-
-
-@pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
-@pytest.mark.parametrize("seed", range(3))
-def test_bound_holds_for_post_activation_blocks(seed: int, interpolate: str) -> None:
-    blocks = sequence_of(PostActivation, 5, seed=seed)
-    assert_bounded(compare(ResidualField(blocks, interpolate=interpolate), state(2, 2, 5, 5, seed=seed).relu()))
-
-
-def test_bound_holds_whatever_the_sampled_constants_miss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "lipschitz_constant", lambda *arguments: 0.0)
-    assert_bounded(compare(ResidualField(smooth_blocks(9, seed=2), residual=True), state(3, 4)))
 
 
 def test_bound_is_sharper_than_proposition_1() -> None:
@@ -244,14 +180,4 @@ def test_what_the_solver_cannot_follow_is_said() -> None:
     assert found.trouble is not None
     assert "between blocks 0 and 1" in found.trouble
     assert found.distance == [0.0, *[math.inf] * 4]
-    assert bound_of(found)[-1] == math.inf
-
-
-def test_states_that_are_not_numbers_are_infinitely_far() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x * math.nan
-
-    found = compare(ResidualField([Scaled(1.0), Broken(), Broken()], residual=True), torch.ones(2, dtype=DOUBLE))
-    assert found.distance[-1] == math.inf
     assert bound_of(found)[-1] == math.inf
