@@ -116,7 +116,10 @@ FEW = [(name, method) for name, method in PAIRS if name == "cheap" or method in 
 
 # Where a whole step's graph is no larger than what is kept of a step otherwise.
 AS_SMALL_AS_CHECKPOINTS = [("linear", method) for method in (*FIXED, *ADAPTIVE)] + [
-    (name, "adaptive_heun") for name in ("cheap", "small network")
+    ("cheap", "adaptive_heun"),
+    ("cheap", "fehlberg2"),
+    ("small network", "adaptive_heun"),
+    ("small network", "euler"),
 ]
 
 
