@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
+from sampling import pytest_collection_modifyitems  # noqa: F401 (a hook)
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
 

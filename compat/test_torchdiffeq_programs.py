@@ -376,28 +376,17 @@ def test_trained_nearly_as_by_upstreams_adjoint(program: str) -> None:
     assert 0 < relative_error(found, expected) < 1e-4
 
 
-@pytest.mark.parametrize("approximate", ["memory_free"])
-@pytest.mark.parametrize(
-    ("method", "least", "most"), [("euler", 1.7, 2.3), pytest.param("heun2", 3.5, 12.0, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("method", ["euler", pytest.param("heun2", marks=pytest.mark.slow)])
 @each_program
-def test_an_approximate_mode_trains_nearly_as_backpropagation(
-    program: str, method: str, least: float, most: float, approximate: str
-) -> None:
-    """Halving the step divides the error of the gradient by 2 (Euler), or by 4 and more (Heun)."""
+def test_memory_free_trains_as_backpropagation(program: str, method: str) -> None:
     if method not in SOLVERS:
         pytest.skip(f"this torchdiffeq has no {method}")
-    errors = []
-    for size, steps in ((1.0, 3), (0.5, 1)):
-        settings = {"method": method, "options": {"step_size": size * PROGRAMS[program].step_size}}
-        found = trained(program, in_mode({"adjoint_method": approximate}), steps, **settings)
-        truth = trained(program, torchdiffeq.odeint, steps, **settings)
-        assert found.replayed
-        assert found.losses[0] == truth.losses[0]
-        assert found.losses == pytest.approx(truth.losses, rel=1e-2)
-        errors.append(relative_error(found, truth))
-    assert errors[0] < 1e-2
-    assert least < errors[0] / errors[1] < most
+    settings = {"method": method, "options": {"step_size": PROGRAMS[program].step_size}}
+    found = trained(program, in_mode({"adjoint_method": "memory_free"}), 3, **settings)
+    truth = trained(program, torchdiffeq.odeint, 3, **settings)
+    assert found.replayed
+    assert found.losses[0] == truth.losses[0]
+    assert relative_error(found, truth) < 1e-7
 
 
 def test_time_of_a_bounce_against_its_closed_form(mode: Mode, assert_agree: Agree) -> None:

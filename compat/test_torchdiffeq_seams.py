@@ -17,12 +17,11 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 from torchdiffeq._impl import adjoint, misc
-from torchdiffeq_symplectic.hosts.torchdiffeq._listening import Listener
-from torchdiffeq_symplectic.surroundings import RandomState
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts import torchdiffeq as adapter
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, RKAdaptiveStepsizeODESolver
+from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 
 Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
 
@@ -227,7 +226,7 @@ def test_event_function_is_wrapped_to_take_what_the_solver_has() -> None:
 def test_callbacks_are_attributes_of_the_wrapped_field() -> None:
     func = check(Field(), Y0, T)[1]
     for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
-        assert callable(getattr(func, name)), "callbacks are no longer reached through the field: Listener hides them"
+        assert callable(getattr(func, name)), "callbacks are no longer reached through the field: Timed hides them"
 
 
 def test_flat_to_shape_undoes_the_flattening() -> None:
@@ -264,7 +263,7 @@ TIMES = [0.0, -0.0, 0.1, -1 / 3, 1.0, 1e-30, -1e-310, 12345.678, 2.0**24 + 1]
     "state", [torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128], ids=str
 )
 @pytest.mark.parametrize("times", [torch.float32, torch.float64, torch.complex128], ids=str)
-def test_listener_passes_on_the_times_of_the_wrapper_bit_for_bit(
+def test_times_are_those_of_the_wrapper_bit_for_bit(
     perturb: Any, state: torch.dtype, times: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     if state.is_complex or times.is_complex:
@@ -277,22 +276,22 @@ def test_listener_passes_on_the_times_of_the_wrapper_bit_for_bit(
 
     y = torch.ones(3, dtype=state)
     wrapper = misc._PerturbFunc(func)
-    listener = Listener(wrapper, RandomState(y.device), slopes=False)
+    timed = Timed(func, wrapper)
     for value in TIMES:
         t = torch.tensor(value, dtype=times)
         wrapper(t, y, perturb=perturb)
-        listener(t, y, perturb=perturb)
+        timed(t, y, perturb=perturb)
     for expected, found in zip(seen[::2], seen[1::2], strict=True):
         assert expected.dtype == found.dtype
         same = torch.equal(expected, found) and torch.equal(expected.signbit(), found.signbit())
-        assert same, "_PerturbFunc moves times otherwise: Listener and stage_times must follow"
+        assert same, "_PerturbFunc moves times otherwise: Timed must follow"
 
 
 @pytest.mark.parametrize("name", ["base_func", "callback_step"])
 @pytest.mark.usefixtures("needs_callbacks")
-def test_listener_shows_the_attributes_of_the_wrapper(name: str) -> None:
+def test_timed_shows_the_attributes_of_the_wrapper(name: str) -> None:
     wrapper = check(Field(), Y0, T)[1]
-    assert getattr(Listener(wrapper, RandomState(Y0.device), slopes=False), name) is getattr(wrapper, name)
+    assert getattr(Timed(wrapper.base_func, wrapper), name) is getattr(wrapper, name)
 
 
 # The table of methods.

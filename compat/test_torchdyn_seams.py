@@ -29,7 +29,6 @@ from torchdyn.models.cnf import CNF, hutch_trace
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts.torchdyn import _problems, _solving
 from torchdiffeq_symplectic.hosts.torchdyn._host import (
-    DEFuncBase,
     MultipleShootingProblem,
     NeuralODE,
     ODEProblem,
@@ -329,62 +328,7 @@ def changed(before: dict[tuple[str, str], Any], after: dict[tuple[str, str], Any
     return {f"{name}.{key}" for name, key in after if after[name, key] is not before.get((name, key), before)}
 
 
-def test_what_is_set_anew_before_each_solve_is_known() -> None:
-    model = NeuralODE(Everything(), "euler")
-    model._prep_integration(X, T)
-    before = held(model)
-    model._prep_integration(X.clone(), T)
-    names = {f"vf.{name}" for name in ("flow.noise", "control._control")}
-    assert changed(before, held(model)) == names, "torchdyn sets something else anew: _SET_ANEW must follow"
-    assert {name.rsplit(".", 1)[-1] for name in names} == set(_solving._SET_ANEW)
-
-
-def test_what_is_set_in_each_evaluation_is_made_of_its_arguments_but_for_the_count() -> None:
-    model = NeuralODE(Everything(), "euler")
-    model._prep_integration(X, T)
-    model.vf(T[0], X)
-    before = held(model)
-    model.vf(T[1], X)
-    names = changed(before, held(model))
-    # The time; a Galerkin layer's weights, which it computes from the time; and the number of evaluations.
-    found = {name.rsplit(".", 1)[-1] for name in names}
-    assert found == {"t", "weight", "bias", "nfe"}, "an evaluation leaves something else on the modules"
-
-
-def test_noise_and_control_are_those_of_the_state_that_is_given() -> None:
-    model = NeuralODE(Everything(), "euler")
-    model._prep_integration(X, T)
-    assert model.vf.vf.flow.noise.shape == (2, 2)
-    assert not model.vf.vf.control._control.requires_grad
-    assert torch.equal(model.vf.vf.control._control, X[:, 2:]), "the control is cut off otherwise"
-
-
 # The field.
-
-
-def test_plain_functions_are_wrapped_in_modules_that_show_them() -> None:
-    def function(t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        return x
-
-    wrapped = standardize_vf_call_signature(function)
-    assert type(wrapped) is DEFuncBase
-    assert wrapped.vf is function, "DEFuncBase no longer holds the function as vf: _functions must follow"
-    twice = standardize_vf_call_signature(function, defunc_wrap=True)
-    assert type(twice) is DEFunc
-    assert type(twice.vf) is DEFuncBase
-    assert type(NeuralODE(function, "euler").vf.vf) is DEFuncBase
-    assert type(ODEProblem(function, "euler").vf) is DEFuncBase
-
-
-def test_modules_without_a_time_are_wrapped_and_their_parameters_found() -> None:
-    linear = nn.Linear(3, 3)
-    wrapped = standardize_vf_call_signature(linear)
-    assert type(wrapped) is DEFuncBase
-    assert wrapped.vf is linear
-    assert list(wrapped.parameters()) == list(linear.parameters())
-    field = Field()
-    assert standardize_vf_call_signature(field) is field
-    assert standardize_vf_call_signature(field, defunc_wrap=True).vf is field
 
 
 @pytest.mark.parametrize("sensitivity", ["autograd", "adjoint", "interpolated_adjoint", "symplectic", None])

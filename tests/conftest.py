@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from sampling import pytest_collection_modifyitems  # noqa: F401 (a hook)
 
 import torchdiffeq_symplectic
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -49,7 +50,7 @@ def gradients(field: type[nn.Module], mode: str, seed: int, steps: int, dtype: t
     return state.double().flatten(), torch.cat([part.double().flatten() for part in parameters])
 
 
-def rounding(field: type[nn.Module], mode: str, steps: int, seeds: int) -> tuple[float, float]:
+def rounding(field: Any, mode: str, steps: int, seeds: int) -> tuple[float, float]:
     """The mean error of the float32 gradient of the state, and of the parameters."""
     state = parameters = 0.0
     for seed in range(seeds):

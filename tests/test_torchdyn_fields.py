@@ -111,7 +111,7 @@ def test_optimizable_params(mode: str, method: str, form: Any) -> None:
         model = model_for(problem, name, method)
         assert {id(weight), id(idle)} <= {id(parameter) for parameter in model.parameters()}
         found.append(gradients_of(loss_of(returned(problem, name, method, model)[1]), wanted))
-    assert_same_gradients(*found)
+    assert_same_gradients(found[0], found[1])
     assert torch.equal(found[0]["idle"], torch.zeros_like(idle))  # type: ignore[arg-type]
 
 

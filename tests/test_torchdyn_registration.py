@@ -323,7 +323,7 @@ def test_a_model_has_the_attributes_that_it_has_without_us(cls: Any, sensitivity
 def gradients(problem: Problem, model: Any) -> list[Tensor]:
     with first_step_held():
         _, solution = model(problem.y0, problem.t)
-    return [solution, *torch.autograd.grad(loss_of(solution), [problem.y0, *problem.field.parameters()])]
+    return [solution, *torch.autograd.grad(loss_of(solution), [problem.y0, *problem.field.parameters()])]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", ["torchdyn-rk4", "torchdyn-dopri5"])

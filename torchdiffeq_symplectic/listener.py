@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -21,12 +22,12 @@ class Call(NamedTuple):
     Attributes:
         draw: the random state before it.
         slope: what it gave, if that is kept.
-        new: captured tensors that it reached and no evaluation before it.
+        new: references to captured tensors that it reached and no evaluation before it.
     """
 
     draw: Tensor
     slope: Any
-    new: Sequence[Tensor]
+    new: Sequence[weakref.ref[Tensor]]
 
 
 class Listener:
@@ -75,7 +76,7 @@ class Listener:
         if self._conditions is None or self._captured is None:
             return self._func(t, y, *args, **kwargs)
         draw = self._conditions.random.get()
-        new: Sequence[Tensor] = ()
+        new: Sequence[weakref.ref[Tensor]] = ()
         # A solver may differentiate the field itself: by Newton's method, say.
         linked = torch.is_grad_enabled() and any(
             isinstance(part, Tensor) and part.requires_grad for part in pytree.tree_leaves(y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ class Recording:
         saved: the tensors kept, without graph; emptied when they are handed to autograd.
         at_start: the outputs that are the initial state itself.
         dtype: of the first part of the last state.
-        first_reached: captured tensors by the step and the evaluation in it that reached them first.
+        first_reached: references to captured tensors by the step and the evaluation in it that reached them first.
     """
 
     def __init__(self, keep: Keep, initial: Sequence[Tensor]) -> None:
@@ -68,7 +69,7 @@ class Recording:
         self.entries: list[Entry] = []
         self.final: list[int | None] = []
         self.solution: list[int] = []
-        self.first_reached: dict[tuple[int, int], list[Tensor]] = {}
+        self.first_reached: dict[tuple[int, int], Sequence[weakref.ref[Tensor]]] = {}
         self.dtype: torch.dtype | None = None
         self._positions: dict[int, int] = {}
 

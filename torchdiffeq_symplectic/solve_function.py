@@ -66,8 +66,12 @@ def attach(
     recording = solve.recording
     edges = {edge_of(target): i for i, target in enumerate(targets) if target.requires_grad}
     expected = {
-        key: [edges[edge] for edge in (edge_of(tensor) for tensor in tensors if tensor.requires_grad) if edge in edges]
-        for key, tensors in recording.first_reached.items()
+        key: [
+            edges[edge]
+            for tensor in (reference() for reference in references)
+            if tensor is not None and tensor.requires_grad and (edge := edge_of(tensor)) in edges
+        ]
+        for key, references in recording.first_reached.items()
     }
     recording.first_reached = {}
     result: tuple[Tensor, ...] = _Gradient.apply(solve, expected, [*solution], len(initial), *initial, *times, *targets)

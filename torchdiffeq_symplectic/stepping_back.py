@@ -72,7 +72,9 @@ class Recovery:
         after = step.after
         # The same map once more where it has one stage, as in a residual network; else the step of the opposite size.
         start = step.start if step.calls == 1 else step.end
-        back = dataclasses.replace(step, start=start, size=-step.size, end=step.start, times=(), inside=range(0))
+        back = dataclasses.replace(
+            step, start=start, size=-step.size, end=step.start, times=(), inside=range(0), direction=-1
+        )
         there = dataclasses.replace(step, times=(), inside=range(0))
         limit = self._corrections
         if limit is None:

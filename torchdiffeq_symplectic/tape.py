@@ -49,6 +49,7 @@ class Step:
         slopes: the slopes, where they are kept, or None.
         inside: numbers of the outputs inside the step.
         at_end: the output that is the new state itself, or None.
+        direction: -1 where the step is taken back.
     """
 
     number: int
@@ -65,6 +66,7 @@ class Step:
     slopes: Sequence[Any] | None
     inside: range
     at_end: int | None
+    direction: int = 1
 
 
 class Linear(Protocol):

@@ -90,7 +90,7 @@ class Captured:
 
     def evaluate(
         self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, linked: bool = False, **kwargs: Any
-    ) -> tuple[Any, list[Tensor]]:
+    ) -> tuple[Any, list[weakref.ref[Tensor]]]:
         """``func(t, y)`` as under backpropagation, and the captured tensors that are new.
 
         The result has no graph, unless it is ``linked`` to that of ``y``.
@@ -114,10 +114,13 @@ class Captured:
                 if self._random is not None and draw is not None:
                     self._random.set(draw)
                 new = self._look(roots, since, given, final=True, stops=stops) or []
+        # Weakly, as a leaf may be the evaluation's own: keeping it would make it look captured.
+        references = [weakref.ref(tensor) for tensor in new]
+        del new
         if linked:
-            return result, new
+            return result, references
         self._marks = [mark for mark in self._marks if mark() is not None]
-        return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), new
+        return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), references
 
     def look(self, slope: Tensor) -> None:
         """Note what the graph of ``slope`` reaches, however long ago it was made."""

@@ -60,7 +60,7 @@ def run(
             field = ResidualField(tanh_blocks(depth, WIDTH, generator), residual=True).to(device)
             exact = gradients(field, x, target, method, "symplectic")
             reconstruction: list[float] = []
-            found = gradients(field, x, target, method, "memory_free", report=reconstruction.append)
+            found = gradients(field, x, target, method, "memory_free", report=reconstruction.append, corrections=0)
             each = [error([g], [truth]) for g, truth in zip(found[1:], exact[1:], strict=True)]
             errors = error(found[:1], exact[:1]), error(found[1:], exact[1:]), max(each), *reconstruction
             rows.append({"method": name, "depth": depth, **dict(zip(ERRORS, errors, strict=True))})

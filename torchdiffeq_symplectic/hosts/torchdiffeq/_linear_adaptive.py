@@ -37,6 +37,7 @@ class AdaptiveSweep(LinearSweep):
         # The last stage's state is the new state: it is known, and checks what is before it.
         self._closes = bool(b[-1] == 0 and (b[:-1] == tableau.beta[-1]).all())
         self._forward = [*tableau.beta, b]
+        self._forward = [row.to(self._buffer.device) for row in self._forward]
         self._alpha = tableau.alpha.tolist()
         first, last = torch.eye(stages, dtype=b.dtype, device=b.device)[[0, -1]]
         self._dense = torch.stack(
@@ -46,7 +47,7 @@ class AdaptiveSweep(LinearSweep):
                 5 * first - 3 * last + 14 * b - 32 * mid,
                 2 * (last - first) - 8 * b + 16 * mid,
             ]
-        )
+        ).to(self._buffer.device)
 
     def takes(self, step: Step) -> bool:
         """All but those that evaluate a slope behind a discontinuity."""

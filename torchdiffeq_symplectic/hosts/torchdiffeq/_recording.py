@@ -166,7 +166,9 @@ class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]
 
     def start_recording(self, recording: Recording, listener: Listener) -> None:
         """Record the solve that follows."""
-        self.settings = {name: value for name, value in vars(self).items() if name not in _OF_A_SOLVE}
+        iterates = type(self)._step_func.__module__ != fixed_grid.__name__ and getattr(self, "implicit", True)
+        excluded = _OF_A_SOLVE if iterates else _OF_A_SOLVE | _OF_STEP_SIZES
+        self.settings = {name: value for name, value in vars(self).items() if name not in excluded}
         self.recording = recording
         self._listener = listener
         self._starts: list[Tensor] = []

@@ -97,6 +97,11 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
             raise
         return _plain(call, _Looking(call, refusal))
     held = search(call.given)
+    if call.params is None and not needed and not _any_requires_grad(*held.tensors):
+        try:
+            return _plain(call, _Looking(call, _Needed()))
+        except _Needed:  # by a tensor that is held out of sight
+            pass
     refuse_sharded(call.given, held)
     conditions = Conditions(held, call.y0.device)
     watched = [tensor for tensor in held.tensors if call.params is None or not tensor.is_leaf]
@@ -179,6 +184,10 @@ def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tens
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
         return _run(_solver(SOLVERS[call.method], call, func), call.t, call.event_fn)
+
+
+class _Needed(Exception):  # noqa: N818 (caught: no error)
+    """A gradient is needed after all."""
 
 
 class _Looking:

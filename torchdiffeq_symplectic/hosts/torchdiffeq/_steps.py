@@ -169,7 +169,7 @@ class FixedStepper:
                 note.memory.put(solver, memory)
         size: Any = step.size
         if note.size is not None:  # a number, as the solver had it; negative in a step back
-            size = note.size if float(step.size) * note.size > 0 else -note.size
+            size = step.direction * note.size
         change, f = solver._step_func(func, step.start, size, step.end, y)
         y1 = y + change
         remembered = Memory.of(solver, note.remembers)[1] if note.remembers else []
