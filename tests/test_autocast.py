@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import Net, each_mode, error, initial, loss_of, solve, times
+from harness import Net, each_mode, error, initial, loss_of, over, solve, times
 from torch import Tensor
 
 EPSILON = torch.finfo(torch.bfloat16).eps
-SOLVERS = pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 LOOSE: dict[str, dict[str, Any]] = {"rk4": {}, "dopri5": {"rtol": 1e-1, "atol": 1e-1}}
 
 
@@ -23,14 +22,13 @@ def problem() -> tuple[Net, Tensor, Tensor, list[Tensor]]:
     return net, y0, times(dtype=torch.float32), [y0, *net.parameters()]
 
 
-@SOLVERS
-@each_mode
-def test_backward_outside_of_the_region_is_backpropagation_of_the_solve_in_it(mode: str, solver: str) -> None:
+@over(["rk4", "dopri5"])
+def test_backward_outside_of_the_region_is_backpropagation_of_the_solve_in_it(mode: str, method: str) -> None:
     net, y0, t, wanted = problem()
 
     def run(mode: str) -> tuple[Tensor, list[Tensor]]:
         with region():
-            solution = solve(mode, net, y0, t, solver, **LOOSE[solver])
+            solution = solve(mode, net, y0, t, method, **LOOSE[method])
         return solution, list(torch.autograd.grad(loss_of(solution), wanted))
 
     (solution, found), (expected_solution, expected) = run(mode), run("backprop")
@@ -40,12 +38,11 @@ def test_backward_outside_of_the_region_is_backpropagation_of_the_solve_in_it(mo
     assert error(found, expected) < 4 * EPSILON
 
 
-@SOLVERS
-@each_mode
-def test_backward_inside_of_the_region_is_the_same_as_outside(mode: str, solver: str) -> None:
+@over(["rk4", "dopri5"])
+def test_backward_inside_of_the_region_is_the_same_as_outside(mode: str, method: str) -> None:
     net, y0, t, wanted = problem()
     with region():
-        loss = loss_of(solve(mode, net, y0, t, solver, **LOOSE[solver]))
+        loss = loss_of(solve(mode, net, y0, t, method, **LOOSE[method]))
         inside = torch.autograd.grad(loss, wanted, retain_graph=True)
     outside = torch.autograd.grad(loss, wanted)
     assert all(map(torch.equal, inside, outside))

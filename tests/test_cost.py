@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import Net, count, each_mode, initial, loss_of, solve, times
+from harness import Net, count, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 
 # Own stages of a step, where a stage that is the next step's first one counts once.

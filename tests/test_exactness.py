@@ -29,6 +29,7 @@ COARSER: dict[str, Any] = {"implicit_adams": {"rtol": 1e-4}, "fixed_adams": {"rt
 with_and_without_time = pytest.mark.parametrize("time_grad", [False, True], ids=["t-fixed", "t-grad"])
 
 
+@pytest.mark.whole
 @over(METHODS)
 def test_gradients_equal_backpropagation(mode: str, method: str) -> None:
     found = assert_exact(problem_for(method), mode, method)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 import torchdiffeq
-from old_harness import Net, each_mode, initial, loss_of, solve, times
+from harness import Net, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 from torchdiffeq._impl import adjoint
 

@@ -52,6 +52,7 @@ def replayed(problem: Problem, mode: str, method: str) -> tuple[set[Any], set[An
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
+@pytest.mark.whole
 @over(METHODS, ["symplectic", "aca"], every=3)
 def test_stage_states_of_the_replay_are_those_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     problem = problem_for(method, (2, 3), dtype)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from old_harness import MODES, Net, each_mode, initial, solve, times
+from harness import MODES, Net, each_mode, initial, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
@@ -183,19 +183,19 @@ Training = tuple[Callable[[], Any], list[Tensor]]
 OUTPUTS = (0.0, 0.3, 1.0)
 
 
-def of_a_tensor(mode: str, solver: str, **settings: Any) -> Training:
+def of_a_tensor(mode: str, method: str, **settings: Any) -> Training:
     """One iteration, which returns the solution that the caller still holds, and all that gets a gradient."""
     field, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
 
     def run() -> Any:
-        solution = solve(mode, field, y0, times(*OUTPUTS), solver, **settings)
+        solution = solve(mode, field, y0, times(*OUTPUTS), method, **settings)
         solution.square().sum().backward()
         return solution
 
     return run, [y0, *field.parameters()]
 
 
-def of_a_tuple(mode: str, solver: str, **settings: Any) -> Training:
+def of_a_tuple(mode: str, method: str, **settings: Any) -> Training:
     y0 = (initial(BATCH, WIDTH), initial(BATCH))
 
     def run() -> Any:
@@ -206,7 +206,7 @@ def of_a_tuple(mode: str, solver: str, **settings: Any) -> Training:
     return run, list(y0)
 
 
-def of_an_event(mode: str, solver: str, **settings: Any) -> Training:
+def of_an_event(mode: str, method: str, **settings: Any) -> Training:
     field, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
 
     def run() -> Any:
@@ -219,12 +219,12 @@ def of_an_event(mode: str, solver: str, **settings: Any) -> Training:
     return run, [y0, *field.parameters()]
 
 
-def of_moving_times(mode: str, solver: str, **settings: Any) -> Training:
+def of_moving_times(mode: str, method: str, **settings: Any) -> Training:
     field, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
     length = torch.ones((), dtype=torch.float64, requires_grad=True)
 
     def run() -> Any:
-        solution = solve(mode, field, y0, times(*OUTPUTS) * length, solver, **settings)
+        solution = solve(mode, field, y0, times(*OUTPUTS) * length, method, **settings)
         solution.square().sum().backward()
         return solution
 
@@ -271,7 +271,7 @@ QUICK = [(mode, name) for mode, name in EVERY if mode == "symplectic" or name in
 )
 def test_after_backward_only_gradients_are_alive(mode: str, name: str) -> None:
     training, solver, settings = CASES[name]
-    run, leaves = training(mode, solver, **settings)
+    run, leaves = training(mode, method, **settings)
     held, gradients = bytes_of(run()), sum(leaf.nbytes for leaf in leaves)
 
     def without_gradients() -> Any:
