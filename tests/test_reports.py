@@ -153,6 +153,7 @@ def test_unknown_method_is_upstreams_error(name: str) -> None:
         torchdiffeq_symplectic.odeint_adjoint(Net(), initial(), times(), method=name, adjoint_method="symplectic")
 
 
+@pytest.mark.slow
 def test_unknown_adjoint_method_without_registration() -> None:
     code = (
         "import torch, torchdiffeq_symplectic as s\n"
