@@ -59,15 +59,6 @@ def test_backward_in_a_region_of_a_solve_that_had_none(mode: str) -> None:
     assert all(map(torch.equal, found, expected))
 
 
-@each_mode
-def test_a_region_switched_off_inside_of_one(mode: str) -> None:
-    net, y0, t, wanted = problem()
-    expected = torch.autograd.grad(loss_of(solve("backprop", net, y0, t)), wanted)
-    with region(), region(enabled=False):
-        loss = loss_of(solve(mode, net, y0, t))
-    assert error(torch.autograd.grad(loss, wanted), expected) < 1e-5
-
-
 @pytest.mark.parametrize("order", ["before", "after"])
 @each_mode
 def test_the_cache_of_the_region_still_serves_other_uses_of_the_module(mode: str, order: str) -> None:
@@ -90,15 +81,6 @@ def test_the_cache_of_the_region_still_serves_other_uses_of_the_module(mode: str
         torch.autograd.grad(loss_of(solution), parameters)
         again = torch.autograd.grad(direct(), parameters)
     assert all(map(torch.equal, again, expected))
-
-
-@each_mode
-def test_no_gradient_of_a_parameter_is_lost(mode: str) -> None:
-    net, y0, t, _ = problem()
-    with region():
-        net(t[0], y0)
-        loss_of(solve(mode, net, y0, t)).backward()
-    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
 @pytest.mark.parametrize("backward_in_region", [False, True], ids=["outside", "inside"])

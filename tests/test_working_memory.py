@@ -24,7 +24,7 @@ class Cheap(nn.Module):
         super().__init__()
         self.rate = nn.Parameter(torch.linspace(-1, 0.5, WIDTH, dtype=torch.float64))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
         return y * self.rate
 
 
@@ -120,8 +120,9 @@ FEW = [(name, method) for name, method in PAIRS if name == "cheap" or method in 
 # Where a whole step's graph is no larger than what is kept of a step otherwise.
 AS_SMALL_AS_CHECKPOINTS = [("linear", method) for method in (*FIXED, *ADAPTIVE)] + [
     ("cheap", "adaptive_heun"),
+    ("cheap", "fehlberg2"),
     ("small network", "adaptive_heun"),
-    ("cheap", "fehlberg2"),  # carries a slope as well
+    ("small network", "euler"),
 ]
 
 
