@@ -6,19 +6,17 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.util
-import inspect
 import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from torchdiffeq_symplectic.hosts import late
 from torchdiffeq_symplectic.hosts.late import forget, when_imported
 
 SOURCE = '"""A module of a host."""\n\nVALUE = 3\n\n\ndef double(x):\n    return 2 * x\n'
