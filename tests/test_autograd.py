@@ -106,7 +106,7 @@ def test_hooks_that_double_a_gradient_double_it_once(mode: str) -> None:
     for leaf in wanted:
         leaf.register_hook(lambda gradient: 2 * gradient)
     solution, seen = solve(mode, net, y0, t), list[Tensor]()
-    solution.register_hook(lambda cotangent: seen.append(cotangent.clone()) or 2 * cotangent)
+    solution.register_hook(lambda cotangent: seen.append(cotangent.clone()) or 2 * cotangent)  # type: ignore[func-returns-value]
     loss = loss_of(solution)
     (cotangent,) = torch.autograd.grad(loss_of(free := solution.detach().requires_grad_()), free)
     loss.backward()

@@ -62,7 +62,7 @@ class Field(nn.Module):
             other: Tensor = self.other(t, y)
             return torch.where(y.detach().real > 0.2, slope, other)
         if self.kind == "by turns":
-            return slope if float(t.detach().real) < 0.45 else self.other(t, y)  # type: ignore[no-any-return]
+            return slope if float(t.detach().real) < 0.45 else self.other(t, y)
         if self.kind == "autonomous":
             return torch.tanh(y) * self.one.bias.sum()
         if self.kind == "time alone":
@@ -104,7 +104,8 @@ def problems(draw: st.DrawFn) -> tuple[str, str, Problem, dict[str, Any]]:
 
 def exact(case: tuple[str, str, Problem, dict[str, Any]]) -> None:
     mode, method, problem, options = case
-    assert_exact(problem, mode, method, **({"options": options} if options else {}))
+    settings: dict[str, Any] = {"options": options} if options else {}
+    assert_exact(problem, mode, method, **settings)
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
