@@ -75,10 +75,11 @@ def test_a_seed_gives_one_problem(name: str, case: Case) -> None:
         assert not torch.equal(flatten(one.leaves), flatten(other.leaves))
 
 
-# The first of each panel.
+# The first of each panel; not where odeint also differentiates its choice of the first step.
 SMALLEST = [
     (name, next(case for case in series.cases if case.panel == panel))
     for name, series in PROBLEMS.items()
+    if name != "stall"
     for panel in dict.fromkeys(case.panel for case in series.cases)
 ]
 

@@ -148,7 +148,7 @@ class Recording:
                 self.final = [self.save(part) for part in state]
         if any(self._is_row(entry) for entry in self.entries):
             self.solution = [self._keep(part) for part in solution]
-        self._positions = {}
+        self._positions, self.initial = {}, []
 
     def _is_row(self, entry: Entry) -> bool:
         return entry.at_end is not None and self.keep is not Keep.NORMS
