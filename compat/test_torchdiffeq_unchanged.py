@@ -42,11 +42,13 @@ def test_outcome_is_the_same_registered_and_unregistered(name: str) -> None:
     assert differences(with_package, without) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_outcome_is_that_without_the_package(name: str, alone: dict[str, Any]) -> None:
     assert differences(CALLS[name](), alone[name]) == []
 
 
+@pytest.mark.slow
 def test_calls_reach_solutions_gradients_errors_and_warnings(alone: dict[str, Any]) -> None:
     """So that the tests above compare something."""
     solved = [name for name, outcome in alone.items() if "gradients" in outcome]
