@@ -36,6 +36,13 @@ def test_gradients_equal_backpropagation(mode: str, method: str) -> None:
     assert {"y0[0]", "t", "weight", "bias", "frequency"} <= set(found)
 
 
+@pytest.mark.whole
+@over(OF_TORCHDIFFEQ, ["symplectic", "aca", "stages"])
+def test_gradients_equal_backpropagation_where_times_need_none(mode: str, method: str) -> None:
+    """Explicit Runge-Kutta steps then take a shorter way than the host's own step under autograd."""
+    assert_exact(problem_for(method, time_grad=False), mode, method)
+
+
 @over(METHODS, ["use:symplectic", "use:aca"], every=3)
 def test_gradients_equal_backpropagation_where_the_mode_is_chosen_by_use(mode: str, method: str) -> None:
     assert_exact(problem_for(method), mode, method)
