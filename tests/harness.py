@@ -98,13 +98,17 @@ FEW = [n for n in ("rk4", "dopri5", "torchdyn-rk4", "torchdyn-dopri5") if n in M
 KINDS = [n for n in (*FEW, "adaptive_heun", "implicit_adams", "torchdyn-hyper-euler") if n in METHODS]
 
 
-def over(methods: Iterable[str], modes: Iterable[str] = MODES) -> pytest.MarkDecorator:
-    """Every mode with every method: the first mode with all, the others with some by turns; the rest is slow."""
+def over(methods: Iterable[str], modes: Iterable[str] = MODES, every: int = 1) -> pytest.MarkDecorator:
+    """Every mode with every method, most of it slow.
+
+    By default the first mode meets all methods, or one in ``every``, and the others some by turns.
+    """
     turns = list(modes)
     cases = []
     for i, method in enumerate(methods):
         for j, mode in enumerate(turns):
-            cases.append(pytest.param(mode, method, marks=[] if j in (0, i % len(turns)) else pytest.mark.slow))
+            is_quick = i % every == 0 if j == 0 else i % (3 * every if every > 1 else max(len(turns), 3)) == j
+            cases.append(pytest.param(mode, method, marks=[] if is_quick else pytest.mark.slow))
     return pytest.mark.parametrize(("mode", "method"), cases)
 
 

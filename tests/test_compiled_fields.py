@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import Net, each_mode, error, gradients, initial, loss_of, solve, times
+from harness import Net, each_mode, error, gradients, initial, loss_of, over, solve, times
 from torch import Tensor
 
 slow = pytest.mark.slow
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::U
 class Plain(Net):
     """Without the count of evaluations, for which each call would be compiled anew."""
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
         result: Tensor = self.outer(torch.tanh(self.inner(y) + t * self.rate)) - 0.3 * y
         return result
 
@@ -37,15 +37,14 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 @pytest.mark.parametrize("backend", BACKENDS)
-@each_mode
-def test_gradient_is_that_of_the_field_itself(mode: str, backend: str, solver: str) -> None:
+@over(["rk4", "dopri5"])
+def test_gradient_is_that_of_the_field_itself(mode: str, backend: str, method: str) -> None:
     net, y0, t = Plain(), initial(), times().requires_grad_()
     wanted = [y0, t, *net.parameters()]
-    expected = gradients("backprop", net, y0, t, wanted, solver=solver)
+    expected = gradients("backprop", net, y0, t, wanted, method=method)
     compiled: Any = torch.compile(net, backend=backend)
-    assert error(gradients(mode, compiled, y0, t, wanted, solver=solver), expected) < 1e-11
+    assert error(gradients(mode, compiled, y0, t, wanted, method=method), expected) < 1e-11
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

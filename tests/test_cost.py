@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from old_harness import Net, count, each_mode, initial, loss_of, solve, times
+from harness import BACKPROPAGATION, METHODS, Net, count, each_mode, initial, loss_of, over, solve, times
 from torch import Tensor
 
 # Own stages of a step, where a stage that is the next step's first one counts once.
 FIXED = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+FIXED = {name: stages for name, stages in FIXED.items() if name in METHODS}
 ADAPTIVE = {"dopri5": 6, "dopri8": 13, "bosh3": 3, "fehlberg2": 2, "adaptive_heun": 1}
+# Those whose last slope is the field at the new state, so that it is evaluated again instead of kept.
+FIRST_SAME_AS_LAST = ("dopri5", "dopri8", "bosh3")
 
 
 def backward_evaluations(mode: str, stages: int, steps: int) -> int:
@@ -26,7 +29,7 @@ class Counting(Net):
         super().__init__()
         self.accepted = self.rejected = 0
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
         return super().forward(t, y) * (1 + 3 * torch.exp(-300 * (t - 0.6) ** 2))
 
     def callback_accept_step(self, t: Tensor, y: Tensor, dt: Tensor) -> None:
@@ -36,60 +39,76 @@ class Counting(Net):
         self.rejected += 1
 
 
-def adaptive(method: str, **options: Any) -> dict[str, Any]:
-    return {"method": method, "rtol": 1e-3, "atol": 1e-4, "options": {"first_step": 0.5, **options}}
+SHARP: dict[str, Any] = {"rtol": 1e-3, "atol": 1e-4, "options": {"first_step": 0.5}}
 
 
-def evaluations(mode: str, field: Net, t: Tensor, **settings: Any) -> tuple[int, int]:
+def evaluations(mode: str, field: Net, t: Tensor, method: str, **settings: Any) -> tuple[int, int]:
     """Those of the solve, those of backward."""
     solutions: list[Tensor] = []
     y0 = initial()
-    forward = count(field, lambda: solutions.append(solve(mode, field, y0, t, **settings)))
+    forward = count(field, lambda: solutions.append(solve(mode, field, y0, t, method, **settings)))
     return forward, count(field, lambda: loss_of(solutions[0]).backward())
 
 
-@pytest.mark.parametrize("method", FIXED)
-@each_mode
+@pytest.mark.whole
+@over(FIXED)
 def test_fixed_grids(mode: str, method: str) -> None:
     field, t, steps = Net(), times(0.0, 0.13, 0.17, 1.0), 10
-    settings: dict[str, Any] = {"method": method, "options": {"step_size": 0.1}}
-    forward, backward = evaluations(mode, field, t, **settings)
+    options = {"step_size": 0.1}
+    forward, backward = evaluations(mode, field, t, method, options=options)
     assert forward == FIXED[method] * steps
-    assert forward == count(field, lambda: solve("backprop", field, initial(), t, **settings))
+    assert forward == count(field, lambda: solve(BACKPROPAGATION, field, initial(), t, method, options=options))
     assert backward == backward_evaluations(mode, FIXED[method], steps)
 
 
-def evaluates_carry(method: str) -> bool:
-    """Whether the last slope of a step is the field at its new state, so that it need not be kept."""
-    return method in ("dopri5", "dopri8", "bosh3")
+@over(FIXED)
+def test_each_output_of_cubic_interpolation_evaluates_its_slope_once(mode: str, method: str) -> None:
+    """A step with outputs inside has one stage more, however many they are."""
+    field, t, steps = Net(), times(0.0, 0.13, 0.17, 0.42, 0.95, 0.97), 10
+    options = {"step_size": 0.1, "interp": "cubic"}
+    forward, backward = evaluations(mode, field, t, method, options=options)
+    assert forward == count(field, lambda: solve(BACKPROPAGATION, field, initial(), t, method, options=options))
+    stages, outputs = FIXED[method], 5
+    most = backward_evaluations(mode, stages, steps) + outputs * (2 if mode == "symplectic" else 1)
+    assert backward_evaluations(mode, stages, steps) < backward <= most
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
-@each_mode
+@pytest.mark.whole
+@over(ADAPTIVE)
 def test_adaptive_steps(mode: str, method: str) -> None:
     field, t, stages = Counting(), times(0.0, 0.2, 0.21, 0.22, 0.9, 1.0), ADAPTIVE[method]
-    forward, backward = evaluations(mode, field, t, **adaptive(method))
+    forward, backward = evaluations(mode, field, t, method, **SHARP)
     steps, rejected = field.accepted, field.rejected
     assert steps > 1
     assert rejected > 0
     assert forward == 1 + stages * (steps + rejected)
-    assert forward == count(field, lambda: solve("backprop", field, initial(), t, **adaptive(method)))
+    assert forward == count(field, lambda: solve(BACKPROPAGATION, field, initial(), t, method, **SHARP))
+    if mode == "aca":  # the slope carried in is evaluated once more without its graph
+        assert backward == (stages + (method in FIRST_SAME_AS_LAST)) * steps
+        return
     # One slope more than those of the steps: the first step's first one, or the last step's last one.
     most = backward_evaluations(mode, stages, steps - 1) + backward_evaluations(mode, stages + 1, 1)
-    if mode == "aca":  # the slope carried in is evaluated once more without its graph
-        assert backward == (stages + evaluates_carry(method)) * steps
-        return
     assert most - 1 <= backward <= most
-    assert backward <= (2 if mode == "symplectic" else 1) * (stages * steps + 1)
+
+
+@pytest.mark.skipif("torchdyn-rk4" not in METHODS, reason="torchdyn is not installed")
+@pytest.mark.parametrize(("method", "stages"), [("torchdyn-euler", 1), ("torchdyn-midpoint", 2), ("torchdyn-rk4", 4)])
+@each_mode
+def test_torchdyns_fixed_steps(mode: str, method: str, stages: int) -> None:
+    """In general steps each evaluation is made again where its slope is not kept, the last one, too."""
+    field, t, steps = Net(), torch.linspace(0, 1, 6, dtype=torch.float64), 5
+    forward, backward = evaluations(mode, field, t, method)
+    assert forward == stages * steps
+    assert backward_evaluations(mode, stages, steps) <= backward
+    assert backward <= (2 if mode == "symplectic" else 1) * stages * steps
 
 
 @each_mode
 def test_backward_does_not_cost_more_for_more_outputs(mode: str) -> None:
     found = set()
     for outputs in (2, 20, 200):
-        field = Counting()
-        _, backward = evaluations(mode, field, torch.linspace(0, 1, outputs, dtype=torch.float64), **adaptive("dopri5"))
-        found.add(backward)
+        t = torch.linspace(0, 1, outputs, dtype=torch.float64)
+        found.add(evaluations(mode, Counting(), t, "dopri5", **SHARP)[1])
     assert len(found) == 1
 
 
@@ -108,13 +127,15 @@ def test_fewer_inputs_do_not_cost_more(mode: str, wanted: str) -> None:
     field = Net().requires_grad_(wanted == "parameters")
     y0, t = initial().detach().requires_grad_(wanted == "y0"), times(0.0, 1.0).requires_grad_(wanted == "t")
     loss = loss_of(solve(mode, field, y0, t, options={"step_size": 0.25}))
-    assert count(field, loss.backward) <= backward_evaluations(mode, 4, 4)
+    # Times move the general step, whose last evaluation is cut as the others are.
+    assert count(field, loss.backward) <= backward_evaluations(mode, 4, 4) + 4 * (
+        wanted == "t" and mode == "symplectic"
+    )
 
 
 @each_mode
 def test_one_output_time_costs_nothing(mode: str) -> None:
     field, y0 = Net(), initial()
-    loss = loss_of(solve(mode, field, y0, times(0.3), options={}))
-    loss.backward()
+    loss_of(solve(mode, field, y0, times(0.3), options={"step_size": None})).backward()
     assert field.evaluations == 0
     assert y0.grad is not None

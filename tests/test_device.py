@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from old_harness import MODES, Net, error, gradients, initial, loss_of, solve, times
+from harness import MODES, Net, error, gradients, initial, loss_of, solve, times
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
@@ -16,12 +16,12 @@ from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
 NEEDS_CUDA = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "rk4": {"solver": "rk4"},
-    "rk4 cubic": {"solver": "rk4", "options": {"step_size": 0.17, "interp": "cubic"}},
-    "dopri5": {"solver": "dopri5", "rtol": 1e-3, "atol": 1e-3},
-    "dopri8": {"solver": "dopri5", "method": "dopri8", "rtol": 1e-3, "atol": 1e-3},
-    "adaptive_heun": {"solver": "adaptive_heun"},
-    "explicit_adams": {"solver": "rk4", "method": "explicit_adams"},
+    "rk4": {},
+    "rk4 cubic": {"method": "rk4", "options": {"step_size": 0.17, "interp": "cubic"}},
+    "dopri5": {"method": "dopri5", "rtol": 1e-3, "atol": 1e-3},
+    "dopri8": {"method": "dopri8", "rtol": 1e-3, "atol": 1e-3},
+    "adaptive_heun": {"method": "adaptive_heun"},
+    "explicit_adams": {"method": "explicit_adams"},
 }
 
 

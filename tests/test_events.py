@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from cases import (
+from harness import (
+    DOUBLE,
     MODES,
     Mixing,
     MixingTuple,
     State,
     assert_same_gradients,
-    each_mode,
     gradients_of,
     loss_of,
+    over,
     parts_of,
     uniform,
 )
 from torch import Tensor, nn
 
-DOUBLE = torch.float64
 SOLVERS: dict[str, dict[str, Any]] = {
     "dopri5": {"method": "dopri5", "rtol": 1e-5, "atol": 1e-9, "options": {"first_step": 0.05}},
     "adaptive_heun": {"method": "adaptive_heun", "rtol": 1e-3, "atol": 1e-5, "options": {"first_step": 0.05}},
@@ -34,7 +34,6 @@ SOLVERS: dict[str, dict[str, Any]] = {
     "rk4-cubic": {"method": "rk4", "atol": 1e-9, "options": {"step_size": 0.3, "interp": "cubic", "perturb": True}},
     "adams": {"method": "explicit_adams", "rtol": 1e-8, "options": {"step_size": 0.05}},
 }
-each_solver = pytest.mark.parametrize("solver", SOLVERS)
 
 
 def crossing(t: Tensor, y: State) -> Tensor:
@@ -48,12 +47,12 @@ def first_of_two(t: Tensor, y: Tensor) -> Tensor:
 
 
 class Growing(Mixing):
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Any, args: Any = None) -> Any:
         return super().forward(t, y) / 3 + 1
 
 
 class GrowingTuple(MixingTuple):
-    def forward(self, t: Tensor, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:  # type: ignore[override]
+    def forward(self, t: Tensor, y: Any, args: Any = None) -> Any:
         return tuple(slope / 3 + 1 for slope in super().forward(t, y))
 
 
@@ -85,65 +84,59 @@ def event_problem(form: str, reverse: bool) -> tuple[nn.Module, State, Tensor, d
     return func, y0, t0, wanted
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
-@pytest.mark.parametrize("form", ["tensor", "tuple"])
-@each_solver
-@each_mode
-def test_event_fn(mode: str, solver: str, form: str, reverse: bool) -> None:
+@pytest.mark.parametrize(("form", "reverse"), [("tensor", False), ("tuple", True), ("tensor", True)])
+@over(SOLVERS)
+def test_event_fn(mode: str, method: str, form: str, reverse: bool) -> None:
     """The event's time is a constant here, as in odeint; the state there is differentiated."""
     func, y0, t0, wanted = event_problem(form, reverse)
     t = torch.stack([t0, t0.detach() + (-1 if reverse else 1)])
-    true_t, truth = torchdiffeq.odeint(func, y0, t, event_fn=crossing, **SOLVERS[solver])
-    event_t, found = torchdiffeq.odeint_adjoint(func, y0, t, event_fn=crossing, **SOLVERS[solver], **MODES[mode])
+    true_t, truth = torchdiffeq.odeint(func, y0, t, event_fn=crossing, **SOLVERS[method])
+    event_t, found = torchdiffeq.odeint_adjoint(func, y0, t, event_fn=crossing, **SOLVERS[method], **MODES[mode])
     assert torch.equal(event_t, true_t)
     assert abs(float(event_t.detach()) - 0.1) > 0.2
     for part, true_part in zip(parts_of(found), parts_of(truth), strict=True):
         assert torch.equal(part, true_part)
-    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted), DOUBLE)
+    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "reverse"])
-@pytest.mark.parametrize("form", ["tensor", "tuple"])
-@each_solver
-@each_mode
-def test_odeint_event(mode: str, solver: str, form: str, reverse: bool) -> None:
+@pytest.mark.parametrize(("form", "reverse"), [("tensor", False), ("tuple", True), ("tensor", True)])
+@over(SOLVERS)
+def test_odeint_event(mode: str, method: str, form: str, reverse: bool) -> None:
     """The same with the gradient of the event's time, which torchdiffeq adds from outside."""
     func, y0, t0, wanted = event_problem(form, reverse)
-    kwargs = {"event_fn": crossing, "reverse_time": reverse, **SOLVERS[solver]}
+    kwargs = {"event_fn": crossing, "reverse_time": reverse, **SOLVERS[method]}
     true_t, truth = torchdiffeq.odeint_event(func, y0, t0, **kwargs)
     event_t, found = torchdiffeq.odeint_event(
         func, y0, t0, **kwargs, odeint_interface=torchdiffeq.odeint_adjoint, **MODES[mode]
     )
     assert torch.equal(event_t, true_t)
     expected = gradients_of(3 * true_t.sin() + loss_of(truth), wanted)
-    assert_same_gradients(gradients_of(3 * event_t.sin() + loss_of(found), wanted), expected, DOUBLE)
+    assert_same_gradients(gradients_of(3 * event_t.sin() + loss_of(found), wanted), expected)
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "rk4"])
-@each_mode
-def test_event_of_several_functions(mode: str, solver: str) -> None:
+@over(["dopri5", "rk4"])
+def test_event_of_several_functions(mode: str, method: str) -> None:
     func, y0, t0, wanted = event_problem("tensor", reverse=False)
-    kwargs = {"event_fn": first_of_two, **SOLVERS[solver]}
+    kwargs = {"event_fn": first_of_two, **SOLVERS[method]}
     true_t, truth = torchdiffeq.odeint_event(func, y0, t0, **kwargs)
     event_t, found = torchdiffeq.odeint_event(
         func, y0, t0, **kwargs, odeint_interface=torchdiffeq.odeint_adjoint, **MODES[mode]
     )
     assert torch.equal(event_t, true_t)
     expected = gradients_of(true_t + loss_of(truth), wanted)
-    assert_same_gradients(gradients_of(event_t + loss_of(found), wanted), expected, DOUBLE)
+    assert_same_gradients(gradients_of(event_t + loss_of(found), wanted), expected)
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "adaptive_heun"])
-@each_mode
-def test_event_at_the_start(mode: str, solver: str) -> None:
+@over(["dopri5", "adaptive_heun"])
+def test_event_at_the_start(mode: str, method: str) -> None:
     func, y0, t0, wanted = event_problem("tensor", reverse=False)
     t = torch.stack([t0, t0.detach() + 1])
-    kwargs = {"event_fn": lambda t, y: t - 0.1, **SOLVERS[solver]}
+    kwargs = {"event_fn": lambda t, y: t - 0.1, **SOLVERS[method]}
     true_t, truth = torchdiffeq.odeint(func, y0, t, **kwargs)
     event_t, found = torchdiffeq.odeint_adjoint(func, y0, t, **kwargs, **MODES[mode])
     assert torch.equal(event_t, true_t)
     assert torch.equal(found, truth)
-    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted), DOUBLE)
+    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
 
 class FreeFall(nn.Module):
@@ -163,9 +156,8 @@ FALLS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("solver", FALLS)
-@each_mode
-def test_free_fall_against_its_closed_form(mode: str, solver: str) -> None:
+@over(FALLS)
+def test_free_fall_against_its_closed_form(mode: str, method: str) -> None:
     """Every method of order two is exact on a parabola, so the time of impact and its gradients are known."""
     field = FreeFall()
     height, velocity, t0 = (torch.tensor(x, dtype=DOUBLE, requires_grad=True) for x in (4.0, 1.5, 0.2))
@@ -176,7 +168,7 @@ def test_free_fall_against_its_closed_form(mode: str, solver: str) -> None:
         t0,
         event_fn=lambda t, state: state[0],
         odeint_interface=torchdiffeq.odeint_adjoint,
-        **FALLS[solver],
+        **FALLS[method],
         **MODES[mode],
     )
     impact = (velocity**2 + 2 * field.gravity * height).sqrt()
@@ -190,9 +182,8 @@ def test_free_fall_against_its_closed_form(mode: str, solver: str) -> None:
             torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-8, msg=f"{name}: {gradient}, {expected}")
 
 
-@pytest.mark.parametrize("solver", FALLS)
-@each_mode
-def test_bouncing_ball_against_its_closed_form(mode: str, solver: str) -> None:
+@over(FALLS)
+def test_bouncing_ball_against_its_closed_form(mode: str, method: str) -> None:
     """Three impacts, each solve starting at the event of the one before, with a loss of energy to be learned."""
     field = FreeFall()
     height, velocity, loss = (torch.tensor(x, dtype=DOUBLE, requires_grad=True) for x in (2.0, 0.5, 0.7))
@@ -205,7 +196,7 @@ def test_bouncing_ball_against_its_closed_form(mode: str, solver: str) -> None:
             t,
             event_fn=lambda t, state: state[0],
             odeint_interface=torchdiffeq.odeint_adjoint,
-            **FALLS[solver],
+            **FALLS[method],
             **MODES[mode],
         )
         # Off the ground by a hair, so that the next event is not this one.

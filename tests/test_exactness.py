@@ -15,7 +15,6 @@ from harness import (
     MixingTuple,
     Problem,
     assert_exact,
-    each_mode,
     loss_of,
     norm_of,
     over,
@@ -28,21 +27,21 @@ from torch import Tensor
 # The implicit methods' corrector converges to single precision alone.
 COARSER: dict[str, Any] = {"implicit_adams": {"rtol": 1e-4}, "fixed_adams": {"rtol": 1e-4}}
 with_and_without_time = pytest.mark.parametrize("time_grad", [False, True], ids=["t-fixed", "t-grad"])
-of_torchdiffeq = pytest.mark.parametrize("method", [name for name in FEW if name in OF_TORCHDIFFEQ])
 
 
+@pytest.mark.whole
 @over(METHODS)
 def test_gradients_equal_backpropagation(mode: str, method: str) -> None:
     found = assert_exact(problem_for(method), mode, method)
     assert {"y0[0]", "t", "weight", "bias", "frequency"} <= set(found)
 
 
-@over(METHODS, ["use:symplectic", "use:aca"])
+@over(METHODS, ["use:symplectic", "use:aca"], every=3)
 def test_gradients_equal_backpropagation_where_the_mode_is_chosen_by_use(mode: str, method: str) -> None:
     assert_exact(problem_for(method), mode, method)
 
 
-@over(METHODS, ["symplectic", "aca"])
+@over(METHODS, ["symplectic", "aca"], every=3)
 def test_float32(mode: str, method: str) -> None:
     assert_exact(problem_for(method, (2, 2), torch.float32), mode, method, **COARSER.get(method, {}))
 
@@ -108,8 +107,7 @@ SHAPES: dict[str, tuple[int, ...]] = {"0-d": (), "one": (1,), "rank-3": (2, 1, 3
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@of_torchdiffeq
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@over(["rk4", "dopri5"], ["symplectic", "aca"])
 def test_states_of_any_shape(mode: str, method: str, shape: tuple[int, ...]) -> None:
     """The default norm of nothing is not a number, for torchdiffeq, too, so an adaptive method gets another."""
     options = {"norm": torch.sum} if shape == (0, 3) and METHODS[method].adaptive else {}
@@ -130,10 +128,9 @@ def tuple_problem(shapes: list[tuple[int, ...]], dtype: torch.dtype = DOUBLE) ->
     return Problem(MixingTuple(shapes, dtype=dtype), y0, t)
 
 
-@pytest.mark.parametrize("direction", ["increasing", "decreasing"])
+@pytest.mark.parametrize("direction", ["decreasing", pytest.param("increasing", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shapes", TUPLES.values(), ids=TUPLES)
-@of_torchdiffeq
-@each_mode
+@over(["rk4", "dopri5"])
 def test_states_that_are_tuples(mode: str, method: str, shapes: list[tuple[int, ...]], direction: str) -> None:
     problem = tuple_problem(shapes)
     if direction == "decreasing":
@@ -147,13 +144,12 @@ def test_states_that_are_tuples(mode: str, method: str, shapes: list[tuple[int, 
 @over(["dopri5", "adaptive_heun"], ["symplectic", "aca"])
 def test_tolerances_as_lists_for_a_tuple_state(mode: str, method: str, form: Any) -> None:
     """As FFJORD's users give them; upstream's own adjoint fails on them in backward."""
-    tolerances = {"rtol": form([1e-3, 1e20, 1e-4]), "atol": form([1e-4, 1e20, torch.tensor(1e-5)])}
+    tolerances = {"rtol": form([1e-2, 1e20, 1e-2]), "atol": form([1e-2, 1e20, torch.tensor(1e-3)])}
     assert_exact(tuple_problem([(2, 2), (3,), ()]), mode, method, **tolerances)
 
 
 @pytest.mark.parametrize("which", [0, 1])
-@of_torchdiffeq
-@each_mode
+@over(["rk4", "dopri5"])
 def test_a_part_of_a_tuple_without_gradient(mode: str, method: str, which: int) -> None:
     problem = tuple_problem([(2,), (1, 2)])
     problem.y0 = tuple(part.detach() if i == which else part for i, part in enumerate(problem.y0))
@@ -195,7 +191,7 @@ def test_times_of_one_point(mode: str, method: str, time_grad: bool) -> None:
     assert not assert_exact(problem, mode, method, **settings)["weight"].any()
 
 
-@over(METHODS, ["symplectic", "aca"])
+@over(METHODS, ["symplectic", "aca"], every=3)
 def test_one_output_inside_the_first_step(mode: str, method: str) -> None:
     problem = problem_for(method)
     assert_exact(problem, mode, method, loss=lambda solution: solution[1].square().sum())
@@ -216,8 +212,7 @@ def test_many_outputs_inside_one_adaptive_step(mode: str, method: str) -> None:
     assert_exact(problem, mode, method, rtol=1e-2, atol=1e-2, options={"first_step": 0.6})
 
 
-@of_torchdiffeq
-@each_mode
+@over(["rk4", "dopri5"])
 def test_outputs_exactly_on_steps(mode: str, method: str) -> None:
     problem = problem_for(method)
     problem.t = (torch.arange(6, dtype=DOUBLE) / 8).requires_grad_()

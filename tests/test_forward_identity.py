@@ -62,7 +62,8 @@ def observed(mode: str, method: str) -> tuple[Tensor, Recorded]:
         return solve(mode, field, problem.y0, problem.t, method, **problem.settings), field
 
 
-@over(METHODS)
+@pytest.mark.whole
+@over(METHODS, every=2)
 def test_values_calls_and_reports_are_those_of_the_host(mode: str, method: str) -> None:
     truth, expected = observed(BACKPROPAGATION, method)
     found, field = observed(mode, method)

@@ -169,7 +169,7 @@ def holding(norm: nn.Module, net: nn.Module, kind: str) -> Any:
     }[kind]
 
 
-@pytest.mark.parametrize("flipped", [False, True], ids=["", "eval() before backward"])
+@pytest.mark.parametrize("flipped", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eval() before", ""])
 @pytest.mark.parametrize("kind", ["module", "closure", "partial", "container", "plain object", "default argument"])
 @each_way
 def test_batch_norm_moves_its_statistics_once_wherever_it_is_held(way: str, kind: str, flipped: bool) -> None:

@@ -6,19 +6,17 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.util
-import inspect
 import itertools
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from torchdiffeq_symplectic.hosts import late
 from torchdiffeq_symplectic.hosts.late import forget, when_imported
 
 SOURCE = '"""A module of a host."""\n\nVALUE = 3\n\n\ndef double(x):\n    return 2 * x\n'
@@ -88,35 +86,6 @@ def test_it_does_not_matter_how_it_is_imported(statement: str, package: str, inn
     assert called == [1]
 
 
-def test_other_modules_are_imported_as_ever(package: str, inner: str, tmp_path: Path) -> None:
-    rewrite(f"{package}.__init__", "", tmp_path)
-    called: list[int] = []
-    when_imported(inner, lambda: called.append(1))
-    other = importlib.import_module(f"{package}.other")
-    assert type(other.__loader__) is SourceFileLoader
-    assert called == []
-
-
-def test_a_module_may_be_looked_for_before_it_is_imported(inner: str) -> None:
-    called: list[int] = []
-    when_imported(inner, lambda: called.append(1))
-    sys.modules[inner.split(".")[0]] = parent = ModuleType("parent")
-    parent.__path__ = []
-    importlib.util.find_spec(inner)
-    assert called == []
-    del sys.modules[inner.split(".")[0]]
-    importlib.import_module(inner)
-    assert called == [1]
-
-
-def test_the_latest_of_several_wishes_counts(inner: str) -> None:
-    called: list[str] = []
-    for wish in ("first", "second"):
-        when_imported(inner, lambda wish=wish: called.append(wish))  # type: ignore[misc]
-    importlib.import_module(inner)
-    assert called == ["second"]
-
-
 def test_what_is_done_may_import_the_module_itself(inner: str) -> None:
     """As the adapter does, whose patches need the host's names."""
     found: list[ModuleType] = []
@@ -141,15 +110,6 @@ def test_a_wish_that_comes_while_another_thread_imports_the_module_is_granted(
     assert seen == [5]
 
 
-def test_an_import_in_another_thread_counts(inner: str) -> None:
-    called: list[str] = []
-    when_imported(inner, lambda: called.append(threading.current_thread().name))
-    thread = threading.Thread(target=importlib.import_module, args=(inner,), name="importing")
-    thread.start()
-    thread.join()
-    assert called == ["importing"]
-
-
 # Taking it back.
 
 
@@ -162,13 +122,6 @@ def test_what_is_forgotten_is_not_done(inner: str) -> None:
     assert called == []
 
 
-def test_forgetting_what_nobody_asked_for_is_nothing(inner: str) -> None:
-    before = list(sys.meta_path)
-    forget(inner)
-    forget(inner)
-    assert sys.meta_path == before
-
-
 def test_the_finder_stays_while_another_module_is_waited_for(package: str, inner: str) -> None:
     called: list[str] = []
     when_imported(inner, lambda: called.append("inner"))
@@ -177,12 +130,6 @@ def test_the_finder_stays_while_another_module_is_waited_for(package: str, inner
     assert called == ["inner"]
     importlib.import_module(f"{package}.other")
     assert called == ["inner", "other"]
-
-
-def test_the_finder_stands_once_however_often_one_asks(inner: str) -> None:
-    for _ in range(3):
-        when_imported(inner, lambda: None)
-    assert sys.meta_path.count(late._finder) == 1
 
 
 # The module is what it would have been.
@@ -215,33 +162,6 @@ def test_module_and_loader_are_the_same_with_and_without(part: str, package: str
     assert found["same loader"]
 
 
-def test_its_source_is_found(inner: str) -> None:
-    when_imported(inner, lambda: None)
-    module = importlib.import_module(inner)
-    assert inspect.getsource(module) == SOURCE
-    assert inspect.getsource(module.double) == "def double(x):\n    return 2 * x\n"
-    assert module.__loader__ is not None
-    assert module.__loader__.get_source(inner) == SOURCE  # type: ignore[attr-defined]
-
-
-def test_the_loader_is_its_own_while_it_is_executed(inner: str, tmp_path: Path) -> None:
-    """Modules read their own data and source."""
-    rewrite(inner, "VALUE = LOADER, OTHER = type(__loader__), type(__spec__.loader)\n", tmp_path)
-    when_imported(inner, lambda: None)
-    module = importlib.import_module(inner)
-    assert module.LOADER is module.OTHER is SourceFileLoader
-
-
-def test_what_is_found_of_it_beforehand_has_a_loader_that_knows_its_source(package: str, inner: str) -> None:
-    """Tools look at modules that they do not import: ``python -m``, coverage, type checkers."""
-    when_imported(inner, lambda: None)
-    spec = importlib.util.find_spec(package)
-    assert spec is not None
-    spec = late._finder.find_spec(inner, spec.submodule_search_locations)
-    assert spec is not None
-    assert spec.loader.get_source(inner) == SOURCE  # type: ignore[union-attr]
-
-
 # Errors.
 
 
@@ -269,15 +189,6 @@ def test_a_module_that_is_not_there_is_missing_as_ever(package: str) -> None:
         assert importlib.util.find_spec(absent) is None
     finally:
         forget(absent)
-
-
-def test_a_parent_that_is_not_there_is_missing_as_ever() -> None:
-    when_imported("nowhere_at_all.inner", lambda: None)
-    try:
-        with pytest.raises(ModuleNotFoundError, match=r"^No module named 'nowhere_at_all'$"):
-            importlib.import_module("nowhere_at_all.inner")
-    finally:
-        forget("nowhere_at_all.inner")
 
 
 # Beside other finders.

@@ -97,10 +97,6 @@ def test_bytes_are_those_allocated(run: Callable[[str], object], peak: int, live
     assert live_bytes(lambda: run(device), device) == live * KIB
 
 
-def test_sizes_need_not_be_round() -> None:
-    assert peak_bytes(lambda: torch.empty(333), "cpu") == 4 * 333
-
-
 def test_saved_tensors_count_until_backward_frees_them() -> None:
     x = torch.ones(KIB // 4, requires_grad=True)
 
@@ -113,16 +109,6 @@ def test_saved_tensors_count_until_backward_frees_them() -> None:
     assert live_bytes(run, "cpu") == KIB
     # The ten values of y and, for the last of them, a cosine and its product with the cotangent.
     assert peak_bytes(run, "cpu") == 12 * KIB
-
-
-def test_memory_from_before_does_not_count_when_it_is_freed() -> None:
-    kept = [block(4, "cpu")]
-
-    def run() -> None:
-        kept.clear()
-        block(3, "cpu")
-
-    assert peak_bytes(run, "cpu") == 3 * KIB
 
 
 def test_memory_from_an_earlier_measurement_does_not_count_when_it_is_freed() -> None:
@@ -163,11 +149,6 @@ def test_an_error_inside_leaves_nothing_switched() -> None:
         peak_bytes(run, "cpu")
     assert gc.isenabled()
     assert peak_bytes(lambda: block(1, "cpu"), "cpu") == KIB
-
-
-def test_nothing_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    peak_bytes(lambda: block(1, "cpu"), "cpu")
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_device_without_a_count_is_refused() -> None:

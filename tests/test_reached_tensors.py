@@ -142,7 +142,7 @@ class Slots:
 
 
 @pytest.mark.parametrize("place", ["slots of a module", "default argument"])
-@pytest.mark.parametrize("earlier", [1, 2, 3])
+@pytest.mark.parametrize("earlier", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 @in_some_ways
 def test_earlier_solves_that_a_field_closes_over_are_replayed_once(way: str, earlier: int, place: str) -> None:
     """35, 735 and 14,735 evaluations for 1, 2 and 3 such solves, where 105 are needed: each stage replayed them all."""
@@ -167,7 +167,10 @@ def test_earlier_solves_that_a_field_closes_over_are_replayed_once(way: str, ear
     assert all(net.evaluations - before <= 2 * 7 * 4 for net, before in zip(nets, forward, strict=True))
 
 
-@pytest.mark.parametrize("listed", ["leaf", "derived", "both", "both, the other way round", "twice"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("leaf", "derived")]
+
+
+@pytest.mark.parametrize("listed", ["both", "both, the other way round", "twice", *SLOW])
 @over(["rk4", "dopri5", "adaptive_heun", "implicit_adams"])
 def test_adjoint_params_that_are_computed_from_one_another(mode: str, method: str, listed: str) -> None:
     """torchcde's tests list a tensor and one computed from it: an error ("counted twice"), where upstream takes it."""

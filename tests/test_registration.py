@@ -5,11 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
 import torchdiffeq
-from old_harness import Net, each_mode, initial, loss_of, solve, times
+from harness import Net, arguments_of, each_mode, initial, loss_of, solve, times
 from torch import Tensor
 from torchdiffeq._impl import adjoint
 
@@ -50,6 +51,11 @@ def unregistered() -> Iterator[None]:
     register()
 
 
+def slow(*values: object) -> Any:
+    """A case that takes another interpreter, of which one is enough by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 IMPORTS = {
     "package first": "import torchdiffeq_symplectic\nfrom torchdiffeq import odeint_adjoint\n",
     "torchdiffeq first": "from torchdiffeq import odeint_adjoint\nimport torchdiffeq_symplectic\n",
@@ -58,7 +64,7 @@ IMPORTS = {
 }
 
 
-@pytest.mark.parametrize("order", IMPORTS)
+@pytest.mark.parametrize("order", [name if name == "torchdiffeq first" else slow(name) for name in IMPORTS])
 def test_order_of_imports(order: str) -> None:
     code = IMPORTS[order] + (
         "import torchdiffeq\n"
@@ -70,7 +76,7 @@ def test_order_of_imports(order: str) -> None:
     assert run(code) == list(torchdiffeq_symplectic.MODES)
 
 
-@pytest.mark.parametrize(("order", "refused"), [("package first", False), ("torchdiffeq first", True)])
+@pytest.mark.parametrize(("order", "refused"), [slow("package first", False), slow("torchdiffeq first", True)])
 def test_only_a_name_bound_earlier_keeps_upstreams_check_of_options(order: str, refused: bool) -> None:
     code = IMPORTS[order] + (
         "print(error(odeint_adjoint, options={'step_size': 0.1}, adjoint_method='symplectic'))\n"
@@ -83,6 +89,7 @@ def test_only_a_name_bound_earlier_keeps_upstreams_check_of_options(order: str, 
     assert package == "no error"
 
 
+@pytest.mark.slow
 def test_a_user_that_wraps_the_function_keeps_his_wrapper() -> None:
     code = (
         "import torchdiffeq\n"
@@ -126,6 +133,7 @@ def test_register_and_unregister_are_idempotent_and_reversible() -> None:
     assert names() == registered
 
 
+@pytest.mark.slow
 def test_importing_again_changes_nothing() -> None:
     code = (
         "import importlib, torchdiffeq_symplectic, torchdiffeq\n"
@@ -139,11 +147,13 @@ def test_importing_again_changes_nothing() -> None:
 @pytest.mark.usefixtures("unregistered")
 @each_mode
 def test_the_packages_own_function_needs_no_registration(mode: str) -> None:
-    net, y0, t = Net(), initial(), times()
+    net, y0 = Net(), initial()
     wanted = [y0, *net.parameters()]
-    found = torch.autograd.grad(loss_of(solve(mode, net, y0, t)), wanted)
+    solution = torchdiffeq_symplectic.odeint_adjoint(net, y0, times(), method="rk4", **arguments_of(mode))
+    found = torch.autograd.grad(loss_of(solution), wanted)
     register()
-    assert all(map(torch.equal, torch.autograd.grad(loss_of(solve(mode, net, y0, t)), wanted), found))
+    solution = torchdiffeq.odeint_adjoint(net, y0, times(), method="rk4", **arguments_of(mode))
+    assert all(map(torch.equal, torch.autograd.grad(loss_of(solution), wanted), found))
 
 
 @pytest.mark.usefixtures("unregistered")

@@ -52,7 +52,8 @@ def replayed(problem: Problem, mode: str, method: str) -> tuple[set[Any], set[An
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
-@over(METHODS, ["symplectic", "aca"])
+@pytest.mark.whole
+@over(METHODS, ["symplectic", "aca"], every=3)
 def test_stage_states_of_the_replay_are_those_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     problem = problem_for(method, (2, 3), dtype)
     problem.field = Watched(6, dtype)
@@ -115,7 +116,7 @@ def thermostat(method: str, dtype: torch.dtype) -> Problem:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE], ids=["float32", "float64"])
-@over(OF_ONE_STATE, ["symplectic", "aca"])
+@over(OF_ONE_STATE, ["symplectic", "aca"], every=3)
 def test_a_field_that_switches_at_a_state_of_the_solve(mode: str, method: str, dtype: torch.dtype) -> None:
     """Recomputed in another order, the stage fell on the other side of its threshold: a ReplayError, and a gradient of
     0.1746 for 0.1484 with the check off.
@@ -151,7 +152,7 @@ def test_channels_last_with_dropout(mode: str, method: str) -> None:
     assert error(gradient(mode), gradient(BACKPROPAGATION)) < 1e-11
 
 
-@over([name for name, row in METHODS.items() if not row.halves], ["symplectic", "aca"])
+@over([name for name, row in METHODS.items() if not row.halves], ["symplectic", "aca"], every=4)
 def test_a_field_that_views_the_memory_of_a_transposed_state(mode: str, method: str) -> None:
     """``y.t().view(-1)`` fails on a contiguous state: it crashed in backward."""
     weight = uniform(6, 6, seed=1).requires_grad_()
@@ -173,13 +174,14 @@ ALARMS = [("baseline", False), ("symplectic", False), ("symplectic", True), ("ac
 PASSING_ZERO = torch.linspace(-0.45, 0.45, 60, dtype=DOUBLE)
 
 
+@pytest.mark.parametrize("values", [slice(0, 60, 5), pytest.param(slice(60), marks=pytest.mark.slow)], ids=["", "all"])
 @pytest.mark.parametrize(("mode", "again"), ALARMS, ids=["baseline", "symplectic", "symplectic, create_graph", "aca"])
 @pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
-def test_no_false_alarm_where_one_number_passes_zero(mode: str, method: str, again: bool) -> None:
+def test_no_false_alarm_where_one_number_passes_zero(mode: str, method: str, again: bool, values: slice) -> None:
     """With a bound for rounding relative to the present state, 11 of 60 initial values raised by rk4, 43 by
     explicit_adams: the state is zero to rounding where it passes.
     """
-    for value in PASSING_ZERO:
+    for value in PASSING_ZERO[values]:
         y0 = value.clone().requires_grad_()
         solution = solve(
             mode,
@@ -209,7 +211,8 @@ def cancelling(t: Tensor, y: Tensor) -> Tensor:
 
 
 TAME = [stiff, large_and_small, cancelling]
-DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
+SLOW_DTYPES = [pytest.param(dtype, marks=pytest.mark.slow) for dtype in (torch.float64, torch.complex64)]
+DTYPES = [torch.float32, torch.complex128, *SLOW_DTYPES]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
@@ -224,12 +227,13 @@ def test_no_false_alarm_on_badly_scaled_fields(mode: str, method: str, field: An
 
 
 @pytest.mark.parametrize("kind", ["float32", "autocast"])
-@pytest.mark.parametrize("mode", ["symplectic", pytest.param("baseline", marks=pytest.mark.slow)])
-def test_no_false_alarm_over_a_thousand_steps(mode: str, kind: str) -> None:
+@pytest.mark.parametrize("steps", [200, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("mode", ["symplectic", "baseline"])
+def test_no_false_alarm_over_many_steps(mode: str, steps: int, kind: str) -> None:
     problem = problem_for("rk4", (3,), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == "autocast"):
         solution = solve(
-            mode, problem.field, problem.y0, torch.linspace(0, 20, 1001), "rk4", options={"step_size": None}
+            mode, problem.field, problem.y0, torch.linspace(0, 20, steps + 1), "rk4", options={"step_size": None}
         )
     torch.autograd.grad(solution[-1].abs().sum(), [problem.y0, *problem.field.parameters()])  # type: ignore[attr-defined]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from cases import Mixing, uniform
+from harness import Mixing, uniform
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic import MODES, register, set_default, unregister, use
@@ -23,13 +23,6 @@ from torchdiffeq_symplectic.tape import Tape
 
 T = torch.tensor([0.0, 0.3, 0.7], dtype=torch.float64)
 UPSTREAM = "upstream"
-
-
-@pytest.fixture(autouse=True)
-def restored() -> Iterator[None]:
-    yield
-    register()
-    set_default(None)
 
 
 @pytest.fixture

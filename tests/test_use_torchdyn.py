@@ -12,7 +12,16 @@ pytest.importorskip("torchdyn")
 
 import torch
 import torchdyn.numerics
-from harness import DOUBLE, assert_equal_values, assert_same_gradients, first_step_held, gradients_of, loss_of, uniform
+from harness import (
+    DOUBLE,
+    assert_equal_values,
+    assert_same_gradients,
+    first_step_held,
+    gradients_of,
+    loss_of,
+    over,
+    uniform,
+)
 from torch import Tensor, nn
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.numerics import Euler, RungeKutta4
@@ -89,13 +98,12 @@ def assert_as_autograd(run: Callable[[], Tensor], wanted: dict[str, Tensor], mod
     assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
 
-@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
 @pytest.mark.parametrize("field", [Net, Force])
 @pytest.mark.parametrize("entry", ENTRIES)
-@each_mode
-def test_every_entry_is_reached(mode: str, entry: str, field: type[nn.Module], solver: str) -> None:
+@over(["rk4", "dopri5"])
+def test_every_entry_is_reached(mode: str, method: str, entry: str, field: type[nn.Module]) -> None:
     func, x = field(), state()
-    assert_as_autograd(lambda: ENTRIES[entry](func, x, solver), {"x": x} | dict(func.named_parameters()), mode)
+    assert_as_autograd(lambda: ENTRIES[entry](func, x, method), {"x": x} | dict(func.named_parameters()), mode)
 
 
 @pytest.mark.parametrize("sensitivity", ["adjoint", "interpolated_adjoint"])

@@ -209,7 +209,7 @@ def two_solves(holder: Callable[[], Holder], *, equal: bool, last: bool) -> Case
     return case
 
 
-@pytest.mark.parametrize("equal", [True, False], ids=["equal values", "other values"])
+@pytest.mark.parametrize("equal", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["equal", "other values"])
 @pytest.mark.parametrize("holder", HOLDERS, ids=lambda holder: holder.__name__)
 @in_some_ways
 def test_a_condition_that_is_computed_anew_for_a_second_solve(
