@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -147,8 +148,35 @@ class Recording:
             if self.keep is Keep.OUTPUTS and self.entries[-1].at_end is None:
                 self.final = [self.save(part) for part in state]
         if any(self._is_row(entry) for entry in self.entries):
+            self._forget_rows()
             self.solution = [self._keep(part) for part in solution]
         self._positions, self.initial = {}, []
+
+    def _forget_rows(self) -> None:
+        """Keep no states that are outputs, as hosts may say only after the solve."""
+        for entry, following in itertools.pairwise(self.entries):
+            state = following.carry[: following.rest]
+            if self._is_row(entry) and self._serve([self.saved[i] for i in state if i is not None]):
+                following.carry[: following.rest] = [None for _ in state]
+        moved: dict[int, int] = {}
+
+        def move(position: int) -> int:
+            return moved.setdefault(position, len(moved))
+
+        for entry in self.entries:
+            entry.carry = [None if i is None else move(i) for i in entry.carry]
+            entry.draws = list(map(move, entry.draws))
+            if entry.slopes is not None:
+                entry.slopes = list(map(move, entry.slopes[0])), entry.slopes[1]
+        self.final = [None if i is None else move(i) for i in self.final]
+        self.saved = [self.saved[position] for position in moved]
+
+    def _serve(self, state: Sequence[Tensor]) -> bool:
+        """Whether rows of the solution can stand for the parts of ``state``: they lie in memory as these do."""
+        return all(
+            part.is_contiguous() and part.dtype == first.dtype
+            for part, first in zip(state, self.initial, strict=False)
+        )
 
     def _is_row(self, entry: Entry) -> bool:
         return entry.at_end is not None and self.keep is not Keep.NORMS
@@ -156,12 +184,7 @@ class Recording:
     def _kept_state(self, state: Sequence[Tensor]) -> list[int | None]:
         if self.keep is Keep.NORMS:
             return [self._keep(norm_of(part)) for part in state]
-        entry = self.entries[-1]
-        if self._is_row(entry) and all(
-            part.is_contiguous() and part.dtype == first.dtype for part, first in zip(state, self.initial, strict=True)
-        ):
-            return [None for _ in state]
-        if self.keep is Keep.OUTPUTS:
+        if self.keep is Keep.OUTPUTS or (self._is_row(self.entries[-1]) and self._serve(state)):
             return [None for _ in state]
         return [self.save(part) for part in state]
 

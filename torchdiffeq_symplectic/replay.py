@@ -235,7 +235,7 @@ class ReplayCheck:
         """Raise or warn if a step was not reproduced; the only place that waits for the device."""
         if not self._rows:
             return
-        deviation, scale = torch.stack(self._rows).view(-1, 2).unbind(1)
+        deviation, scale = torch.stack(self._rows).detach().view(-1, 2).unbind(1)
         order = torch.tensor(self._steps).argsort()
         largest = torch.empty_like(scale)
         largest[order] = torch.where(scale.isfinite(), scale, 0)[order].cummax(0).values

@@ -63,6 +63,7 @@ class Captured:
         # Leaves that an evaluation makes for itself are gone after it: holding them would pile them up.
         self._leaves: dict[int, weakref.ref[Tensor]] = {}
         self._marks: list[weakref.ref[Any]] = []
+        self._escaped = False
 
     def know(self, tensors: Iterable[Tensor]) -> None:
         """Add tensors that the field is known to hold."""
@@ -83,10 +84,11 @@ class Captured:
 
     @property
     def escaped(self) -> bool:
-        """Whether the graph of an evaluation but the last outlives its slope."""
-        if any(mark() is not None for mark in self._marks[:-1]):
+        """Whether the graph of an evaluation but the last outlived its slope."""
+        if not self._escaped and any(mark() is not None for mark in self._marks[:-1]):
             gc.collect()  # it may only be part of a cycle, as hooks on saved tensors make them
-        return any(mark() is not None for mark in self._marks[:-1])
+            self._escaped = any(mark() is not None for mark in self._marks[:-1])
+        return self._escaped
 
     def evaluate(
         self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, linked: bool = False, **kwargs: Any
@@ -119,7 +121,8 @@ class Captured:
         del new
         if linked:
             return result, references
-        self._marks = [mark for mark in self._marks if mark() is not None]
+        if not self.escaped:  # now: a sum that is continued where gradients are off loses its graph
+            self._marks = [mark for mark in self._marks if mark() is not None]
         return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), references
 
     def look(self, slope: Tensor) -> None:
