@@ -70,13 +70,13 @@ def sweep(
         elif not any(part is not None for row in (of_carry, *inside) for part in row):
             of_carry = of_state
             continue
-        if step.carry[-1] is None:
-            state = [part for part in step.carry if part is not None]
-            step.carry = [*state, stepper.evaluated(step, field, state)]
         if linear is not None and linear.takes(step):
             of_carry = linear.pull_back(step, of_carry, inside)
             of_carry[: len(of_state)] = map(_sum, of_carry, of_state)
         else:
+            if step.carry[-1] is None:
+                state = [part for part in step.carry if part is not None]
+                step.carry = [*state, stepper.evaluated(step, field, state)]
             of_carry = _pull_back(step, stepper, field, check, of_carry, inside, of_state, times)
         if stepper.sums_steps:
             field.products.close_step()

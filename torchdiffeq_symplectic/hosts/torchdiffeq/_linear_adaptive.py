@@ -23,11 +23,12 @@ class AdaptiveSweep(LinearSweep):
     """Steps of torchdiffeq's adaptive solvers.
 
     Args:
-        tableau, mid: of the solver.
+        stepper: does them again; tableau, mid: of its solver.
         tape, field, check: of the solve.
     """
 
-    def __init__(self, tableau: Any, mid: Tensor, tape: Tape, field: Field, check: ReplayCheck) -> None:
+    def __init__(self, stepper: Any, tape: Tape, field: Field, check: ReplayCheck) -> None:
+        self._stepper, tableau, mid = stepper, stepper.tableau, stepper.mid
         b = tableau.c_sol
         stages = len(b)
         a = torch.zeros(stages, stages, dtype=b.dtype, device=b.device)
@@ -36,6 +37,9 @@ class AdaptiveSweep(LinearSweep):
         super().__init__(Coefficients(a, b), tape, field, check)
         # The last stage's state is the new state: it is known, and checks what is before it.
         self._closes = bool(b[-1] == 0 and (b[:-1] == tableau.beta[-1]).all())
+        self._checked = stages - 2 if self._closes else stages - 1  # the last slope that the new state is made of
+        # The last evaluation of the step to come, which is also the slope that the present one carries in.
+        self._closing: Linearisation | None = None
         self._forward = [*tableau.beta, b]
         self._forward = [row.to(self._buffer.device) for row in self._forward]
         self._alpha = tableau.alpha.tolist()
@@ -63,58 +67,95 @@ class AdaptiveSweep(LinearSweep):
         self, step: Step, of_after: list[Tensor | None], inside: Sequence[Sequence[Tensor | None]]
     ) -> list[Tensor | None]:
         """The cotangents of state and slope."""
-        stages, columns, field = self._stages, self._columns, self._field
         size, times, forward, backward = self._of_block(step)
-        y, *carried = (part for part in step.carry if part is not None)
-        own = len(carried)  # the first stage that the step evaluates itself
         self._start_from(of_after)
-        kappa = of_after[1] if len(of_after) > 1 else None
         outside, total = self._of_outputs(step, size, inside)
-        last = stages - 1
+        last = self._stages - 1
+        reached: list[Tensor | None] = [None] * self._stages if outside is None else [*outside]
+        kappa = of_after[1] if len(of_after) > 1 else None
+        if kappa is not None:
+            reached[last] = kappa.reshape(-1) if outside is None else outside[last] + kappa.reshape(-1)
+        stages = self._stages  # that are still to be pulled back
+        if self._closing is not None:  # its cotangent is known, so its graph can go before others are built
+            stages = last
+            closing, self._closing = self._closing, None
+            self._pull_back_stage(last, closing, backward[last], reached[last])
+            del closing
+        elif self._closes and reached[last] is None:
+            stages = last
+            self._columns[last].zero_()
+        y, *carried = self._carry(step)
+        own = len(carried)  # the first stage that the step evaluates itself
         times = [step.start.to(self._dtype), *times]
-        states: list[Tensor] = [y]
-        graphs: dict[int, Linearisation] = {}
-        checked = last - 1 if self._closes else last
-        if carried:
-            columns[0].copy_(carried[0])
-        if step.slopes is not None:
-            torch._foreach_copy_(list(columns[own:stages]), list(step.slopes))
-        # The stage states. A slope that no later state needs is evaluated with its graph alone, when its turn comes.
-        for c in range(stages):
-            if c:
-                known = step.after[0] if c == last and self._closes and step.after is not None else None
-                states.append(y + torch.sum(self._before[c - 1] * forward[c - 1], -1) if known is None else known)
-            if c < own or step.slopes is not None or (c >= checked and step.after is not None and not field.holds):
-                continue
-            if field.holds and not (c == last and self._closes and kappa is None and outside is None):
-                graphs[c] = field.linearise(c - own, times[c], states[c])
-                columns[c].copy_(self._value(graphs[c]).detach())
-            elif c < last or not self._closes:
-                columns[c].copy_(field.evaluate(c - own, times[c], states[c].detach()).detach())
-        # Their cotangents, from the last.
-        for c in range(last, own - 1, -1):
+        states, graphs = self._stage_states(step, y, carried, times, forward, stages)
+        for c in range(stages - 1, own - 1, -1):
             y_c = states.pop()
-            reached = outside[c] if outside is not None else None
-            if c == last and kappa is not None:
-                reached = kappa.reshape(-1) if reached is None else reached + kappa.reshape(-1)
-            if c == last and self._closes and reached is None:
-                columns[c].zero_()
-                continue
-            linearisation = graphs.pop(c) if c in graphs else field.linearise(c - own, times[c], y_c)
-            if c == checked and step.after is not None:
-                columns[c].copy_(self._value(linearisation).detach())
+            linearisation = graphs.pop() if graphs else self._field.linearise(c - own, times[c], y_c)
+            if c == self._checked and step.after is not None:
+                self._columns[c].copy_(self._value(linearisation).detach())
                 formed = y + torch.sum(self._before[c] * forward[c], -1)
                 self._check.step(step.number, formed, step.after[0])
-            self._pull_back_stage(c, linearisation, backward[c], reached)
+            self._pull_back_stage(c, linearisation, backward[c], reached[c])
             del linearisation  # else its graph lived on while the next one is built
         result: list[Tensor | None] = [self._lam]
         if own:
-            first = self._cotangent(0, backward[0], None if outside is None else outside[0])
-            result.append(first.view(self._shape))
-        self._lam.add_(self._buffer[..., own:stages].sum(-1))
+            result.append(self._cotangent(0, backward[0], reached[0]).view(self._shape))
+        self._lam.add_(self._buffer[..., own : self._stages].sum(-1))
         if total is not None:
             self._lam.add_(total)
         return result
+
+    def _carry(self, step: Step) -> list[Tensor]:
+        """State and slope that ``step`` starts from; the slope is evaluated if it was not kept."""
+        state, *slopes = step.carry
+        assert state is not None
+        if not slopes or slopes[0] is not None:
+            return [state, *(slope for slope in slopes if slope is not None)]
+        before, field = self._tape[step.number - 1], self._field
+        if not field.holds or not self.takes(before):
+            return [state, self._stepper.evaluated(step, field, [state])]
+        # The last evaluation of the step before: its graph is kept for that.
+        time = self._of_block(before)[1][-1]
+        field.start_step(before)
+        self._closing = field.linearise(before.calls - 1, time, state)
+        field.start_step(step)
+        return [state, self._value(self._closing).detach()]
+
+    def _stage_states(
+        self,
+        step: Step,
+        y: Tensor,
+        carried: Sequence[Tensor],
+        times: Sequence[Tensor],
+        forward: Sequence[Tensor],
+        stages: int,
+    ) -> tuple[list[Tensor], list[Linearisation]]:
+        """The first stage states, and with ``aca`` the evaluations at them.
+
+        A slope that no later state needs is evaluated with its graph alone, when its turn comes.
+        """
+        field, columns, own = self._field, self._columns, len(carried)
+        states: list[Tensor] = []
+        graphs: list[Linearisation] = []
+        for slope in carried:
+            columns[0].copy_(slope)
+        if step.slopes is not None:
+            torch._foreach_copy_(list(columns[own : self._stages]), list(step.slopes))
+        for c in range(stages):
+            if c == 0:
+                states.append(y)
+            elif c == self._stages - 1 and self._closes and step.after is not None:
+                states.append(step.after[0])
+            else:
+                states.append(y + torch.sum(self._before[c - 1] * forward[c - 1], -1))
+            if c < own or step.slopes is not None:
+                continue
+            if field.holds:
+                graphs.append(field.linearise(c - own, times[c], states[c]))
+                columns[c].copy_(self._value(graphs[-1]).detach())
+            elif c < self._checked or (step.after is None and c < stages - 1):
+                columns[c].copy_(field.evaluate(c - own, times[c], states[c].detach()).detach())
+        return states, graphs
 
     def _of_outputs(
         self, step: Step, size: Tensor, inside: Sequence[Sequence[Tensor | None]]

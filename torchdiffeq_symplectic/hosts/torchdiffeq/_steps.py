@@ -85,7 +85,7 @@ class AdaptiveStepper:
         (initial,) = tape.initial
         if not initial.dtype.is_floating_point or not forms_states_of(self.tableau):
             return None
-        return AdaptiveSweep(self.tableau, self.mid, tape, field, check)
+        return AdaptiveSweep(self, tape, field, check)
 
 
 def ends_in_state(tableau: Any) -> bool:
