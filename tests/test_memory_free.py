@@ -125,6 +125,19 @@ def test_a_tolerance_makes_it_an_error() -> None:
         loss.backward()
 
 
+def test_a_state_that_is_not_finite_stops_the_steps_back() -> None:
+    """Steps back from what a contraction left lead to where the field has a pole."""
+
+    def field(t: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y.abs() > 5, torch.inf, -30 * (y - torch.sin(t)))
+
+    loss = solve(
+        "memory_free", field, initial(), times(0.0, 4.0), "rk4", options={"step_size": 0.02}, adjoint_params=()
+    )[-1].sum()
+    with pytest.raises(ReplayError, match="not finite"):
+        loss.backward()
+
+
 def test_the_warning_can_be_switched_off() -> None:
     contracted(replay_check="ignore").backward()
 
@@ -134,7 +147,7 @@ def test_a_tolerance_that_is_met_says_nothing() -> None:
     gradient("memory_free", "rk4", field, times(0.0, 1.0), **STEPS, adjoint_options={"tolerance": 1e-9})
 
 
-def test_the_report_is_the_reconstruction_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_of_the_reconstruction_error_and_the_largest_residual(capsys: pytest.CaptureFixture[str]) -> None:
     errors: list[float] = []
     for report in (errors.append, True):
         gradient(
@@ -148,14 +161,19 @@ def test_the_report_is_the_reconstruction_error(capsys: pytest.CaptureFixture[st
     (found,) = errors
     field, y0 = Net(), initial().detach()
     clock = [torch.tensor(0.05 * n, dtype=DOUBLE) for n in range(20)]
+    residuals = []
     with torch.no_grad():
         y = y0
         for t in clock:
             y = y + 0.05 * field(t, y)
         for t in reversed(clock):
-            y = y - 0.05 * field(t, y)
+            after, y = y, y - 0.05 * field(t, y)
+            if t > 0:  # the initial state is kept
+                residuals.append(float((y + 0.05 * field(t, y) - after).abs().max() / after.abs().max()))
     assert found == pytest.approx(float((y - y0).norm() / y0.norm()), rel=1e-6)
-    assert f"{found:.3g}" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert f"reconstruction error {found:.3g}" in printed
+    assert f"largest residual {max(residuals):.3g}" in printed
 
 
 @pytest.mark.parametrize("method", ["adaptive_heun", "fehlberg2", "explicit_adams", "implicit_adams", "fixed_adams"])

@@ -162,9 +162,10 @@ class Baseline(Mode):
 class MemoryFree(Mode):
     """Cut, and find the carry by stepping back instead of reading it.
 
-    Options: ``tolerance``: the largest reconstruction error that is no error; without it there is a warning above 0.1.
-    ``corrections``: how often a step back is corrected at most; 0 is the scheme of the paper. ``report``: True prints
-    the reconstruction error to stderr after each backward pass, a function is called with it.
+    Options: ``tolerance``: the largest reconstruction error, and largest residual of a step times the number of steps,
+    that are no error; without it there is a warning above 0.1. ``corrections``: how often a step back is corrected at
+    most; 0 is the scheme of the paper, of which the reconstruction error alone counts. ``report``: True prints both to
+    stderr after each backward pass, a function is called with the reconstruction error.
     """
 
     name = "memory_free"
@@ -206,8 +207,9 @@ class MemoryFree(Mode):
     ) -> Gradients:
         """Sweep back, recovering the state that each step started from."""
         recovery = Recovery(stepper, field, check, self.corrections)
-        gradients = sweep(tape, stepper, field, ReplayCheck("ignore", 0.0), outputs, recovery.start_of)
-        recovery.conclude(self.tolerance, self.report)
+        residuals = ReplayCheck("warn" if check.active else "ignore", 0.0)  # of the steps from where stepping back led
+        gradients = sweep(tape, stepper, field, residuals, outputs, recovery.start_of)
+        recovery.conclude(len(tape), residuals.largest(), self.tolerance, self.report)
         return gradients
 
 

@@ -231,6 +231,13 @@ class ReplayCheck:
         self._rows += (deviation, scale)
         self._steps.append(number)
 
+    def largest(self) -> float:
+        """The largest deviation of a step, relative to its state."""
+        if not self._rows:
+            return 0.0
+        deviation, scale = torch.stack(self._rows).detach().view(-1, 2).unbind(1)
+        return float(torch.where(deviation == 0, deviation, deviation / scale).max())
+
     def conclude(self) -> None:
         """Raise or warn if a step was not reproduced; the only place that waits for the device."""
         if not self._rows:

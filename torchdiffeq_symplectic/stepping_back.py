@@ -8,7 +8,8 @@ shows, at the end of the step:
 Correcting the *defect* converges for every explicit method; without a correction this is the scheme of residual
 networks (M. E. Sander, P. Ablin, G. Peyre, NeurIPS 2022, https://arxiv.org/abs/2205.14612). What a contraction has lost
 cannot be recovered: with a Lipschitz constant L the error grows as ``eps exp(L T)``, which the residuals do not show.
-So the recovered initial state is always compared with the true one.
+So the recovered initial state is always compared with the true one, and so is, where it is stepped through again, the
+state after each step.
 """
 
 from __future__ import annotations
@@ -60,9 +61,11 @@ class Recovery:
         if len(kept) < parts:
             self._is_kept = False
             return self._recovered(step)
-        if not self._is_kept and (step.number == 0 or self._check.active):
-            recovered = self._recovered(step)
-            self._errors.append(_relative(recovered, kept[:parts], step.after))
+        if not self._is_kept:
+            if step.number == 0 or self._check.active:
+                recovered = self._recovered(step)
+                self._errors.append(_relative(recovered, kept[:parts], step.after))
+            step.after = None  # no residual: it was recovered, and where the step starts from was not
         self._is_kept = True
         return kept[:parts]
 
@@ -90,8 +93,19 @@ class Recovery:
                 break
             aim = [part + gap for part, gap in zip(aim, defect, strict=True)]
             state = self._advanced(back, aim)
+        self._require_finite(step, state)
         self._field.start_step(step)
         return state
+
+    def _require_finite(self, step: Step, state: Sequence[Tensor]) -> None:
+        assert step.after is not None
+        if not self._check.active or all(bool(part.isfinite().all()) for part in state):
+            return
+        if all(bool(part.isfinite().all()) for part in step.after):
+            raise ReplayError(
+                f"memory_free: stepping back from step {step.number} gave a state that is not finite. Take smaller "
+                'steps, ask for the solution at more times between, or use "symplectic", which is exact.'
+            )
 
     def _advanced(self, step: Step, state: Sequence[Tensor]) -> list[Tensor]:
         self._field.start_step(step)
@@ -100,22 +114,26 @@ class Recovery:
             carry.append(self._stepper.evaluated(step, self._field, state))
         return self._stepper.advance(step, self._field, carry)[0][: len(state)]
 
-    def conclude(self, tolerance: float | None, report: bool | Callable[[float], object]) -> None:
-        """Report the reconstruction error, and say so if it is too large."""
+    def conclude(
+        self, steps: int, residual: float, tolerance: float | None, report: bool | Callable[[float], object]
+    ) -> None:
+        """Report the reconstruction error; say so if it, or ``steps`` times the largest ``residual``, is too large."""
         if not self._errors:
             return
         error = float(torch.stack(self._errors).max())
         if callable(report):
             report(error)
         elif report:
-            print(f"memory_free: reconstruction error {error:.3g}", file=sys.stderr)
-        if error <= (_TRUSTED if tolerance is None else tolerance):
+            print(f"memory_free: reconstruction error {error:.3g}, largest residual {residual:.3g}", file=sys.stderr)
+        # Without corrections a residual is the scheme's own, and shows in the reconstruction.
+        largest = error if self._corrections == 0 else max(error, steps * residual)
+        if largest <= (_TRUSTED if tolerance is None else tolerance):
             return
         how = f"by {error:.2g} of its norm" if math.isfinite(error) else "by far"
         message = (
-            f"memory_free: stepping back did not recover the initial state; it is off {how}, so the gradient is not to "
-            'be trusted. Take smaller steps, ask for the solution at more times between, or use "symplectic", which is '
-            "exact."
+            f"memory_free: stepping back did not recover the initial state; it is off {how}, and a step by up to "
+            f"{residual:.2g} of its state (of {steps} steps), so the gradient is not to be trusted. Take smaller "
+            'steps, ask for the solution at more times between, or use "symplectic", which is exact.'
         )
         if tolerance is not None:
             raise ReplayError(message)

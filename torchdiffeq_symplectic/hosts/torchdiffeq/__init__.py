@@ -60,11 +60,12 @@ def odeint_adjoint(
         event_fn: ``event_fn(t, y)``; the solve ends where it is zero.
         adjoint_rtol: accepted; no effect in the modes of this package, whose backward has no tolerance.
         adjoint_atol: the same.
-        adjoint_method: "symplectic", "aca", "baseline", "memory_free" (for the methods "euler" and "heun2"), or one of
-            torchdiffeq's methods, which are passed on to it.
+        adjoint_method: "symplectic", "aca", "baseline", "memory_free" (for explicit methods whose step depends on the
+            state alone), or one of torchdiffeq's methods, which are passed on to it.
         adjoint_options: for this package's modes ``"replay_check"`` ("error", "warn" or "ignore"), for "symplectic"
-            ``"checkpoint"`` ("steps" or "stages"), for "memory_free" ``"report"`` (True, or a function that is called
-            with the reconstruction error). Options of upstream's adjoint, its norm too, have no effect.
+            ``"checkpoint"`` ("steps" or "stages"), for "memory_free" ``"tolerance"`` (the largest reconstruction error
+            that is no error), ``"corrections"`` (the most of a step back) and ``"report"`` (True, or a function that is
+            called with the reconstruction error). Options of upstream's adjoint, its norm too, have no effect.
         adjoint_params: tensors to differentiate with respect to; the parameters of ``func`` if not given, ``()`` for
             none.
 
