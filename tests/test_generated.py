@@ -79,7 +79,9 @@ def problems(draw: st.DrawFn) -> tuple[str, str, Problem, dict[str, Any]]:
     of_dyn = method in OF_TORCHDYN
     assume(not (of_dyn and not shape))  # its states have dimensions
     dtype = draw(st.sampled_from([DOUBLE, torch.complex128] if not (of_dyn and row.adaptive) else [DOUBLE]))
-    kinds = ["smooth", "shared", "frozen", "by turns", "autonomous", "time alone"]
+    kinds = ["smooth", "shared", "frozen", "autonomous", "time alone"]
+    if not (of_dyn and row.adaptive):  # torchdyn's reject at a jump forever
+        kinds.append("by turns")
     # Implicit methods need not converge on a field that jumps, and adaptive ones reject at its jumps forever.
     kind = draw(st.sampled_from(kinds if row.adaptive or "adams" in method else [*kinds, "switching"]))
     size = torch.Size(shape).numel()

@@ -60,12 +60,13 @@ class Field:
         expected: targets, by number, that the evaluation of a step and number must reach.
         linked: whether products are to be differentiable with respect to the targets.
         retains: whether the graph of an evaluation goes on into graphs made before, which must be kept.
+        batched: whether cotangents are batches in disguise.
 
     Attributes:
         cuts: whether calls are cut out of the graph of their step.
         holds: whether the graphs of a step's evaluations are made, and alive, together.
         advancing: whether a step is being done: what it differentiates then is its own affair.
-        retains: as given; count: the number of targets.
+        retains, batched: as given; count: the number of targets.
         gate: between the targets and what they were computed from, where ``linked``.
         products: the products with the targets, summed.
     """
@@ -81,20 +82,21 @@ class Field:
         expected: Mapping[tuple[int, int], Sequence[int]],
         linked: bool = False,
         retains: bool = False,
+        batched: bool = False,
     ) -> None:
         self._func = func
         self._conditions = conditions
         self._check = check
         self._expected = expected
         self._present = [i for i, target in enumerate(targets) if target.requires_grad]
-        self.retains = retains
+        self.retains, self.batched = retains, batched
         self.wants_time = wants_time
         self.cuts = True
         self.holds = False
         self.advancing = False
         self.count = len(targets)
         self.gate = Gate()
-        self.products = Products(targets)
+        self.products = Products(targets, batched)
         self._standing = list(targets)
         self._substituted: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         apart = _apart(targets)

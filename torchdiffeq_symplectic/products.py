@@ -15,10 +15,11 @@ class Products:
 
     Args:
         targets: the tensors.
+        batched: whether products are batches in disguise, which cannot be added in place.
     """
 
-    def __init__(self, targets: Sequence[Tensor]) -> None:
-        self._targets = targets
+    def __init__(self, targets: Sequence[Tensor], batched: bool = False) -> None:
+        self._targets, self._in_place = targets, not batched
         self._totals: list[Tensor | None] = [None] * len(targets)
         self._indices: tuple[int, ...] = ()  # of the targets that the present step reached
         self._sums: list[Tensor] = []
@@ -36,7 +37,7 @@ class Products:
                 self._totals[i] = product if total is None else total + product
         elif not self._sums:
             self._indices, self._sums = tuple(indices), [product.clone() for product in present]
-        elif self._indices == tuple(indices):
+        elif self._in_place and self._indices == tuple(indices):
             torch._foreach_add_(self._sums, present)
         else:
             self._merge(indices, present)
@@ -53,7 +54,7 @@ class Products:
             return
         totals = [self._totals[i] for i in self._indices]
         dense = [total for total in totals if total is not None and not total.is_sparse]
-        if len(dense) == len(totals):
+        if self._in_place and len(dense) == len(totals):
             torch._foreach_add_(dense, self._sums)
         else:
             for i, total, sum_ in zip(self._indices, totals, self._sums, strict=True):

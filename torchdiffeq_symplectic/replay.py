@@ -11,6 +11,7 @@ import contextlib
 import threading
 import types
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -50,7 +51,8 @@ class Conditions:
         self._buffers = [_versions(module) for module in held.modules]
         self._moving: list[nn.Module] = []
         self._places = held.places
-        self._values: list[tuple[Place, Tensor]] | None = None
+        self._noted: list[tuple[Place, weakref.ref[Tensor]]] | None = None
+        self._values: list[tuple[Place, Tensor]] = []
 
     def evaluated(self) -> None:
         """Called after the first evaluation, which may have filled what was empty: note what is held where."""
@@ -62,15 +64,17 @@ class Conditions:
             new = (name for name, value in attributes.items() if isinstance(value, Tensor))
             places += [(attributes, name) for name in new if (id(attributes), name) not in known]
         found = [(place, _value_at(place)) for place in places]
-        self._values = [(place, value) for place, value in found if isinstance(value, Tensor)]
+        # Weakly: what the next evaluation replaces is not to outlive it.
+        self._noted = [(place, weakref.ref(value)) for place, value in found if isinstance(value, Tensor)]
 
     def solved(self) -> None:
         """Called after the solve: note which modules have buffers that an evaluation moves."""
-        if self._values is None:
+        if self._noted is None:
             self.evaluated()
         # A place that each evaluation fills with something new is no input of the field.
-        self._values = [(place, value) for place, value in self._values or () if _value_at(place) is value]
-        self._places = []
+        noted = [(place, reference()) for place, reference in self._noted or ()]
+        self._values = [(place, value) for place, value in noted if value is not None and _value_at(place) is value]
+        self._places, self._noted = [], []
         for module, versions, training in zip(self._modules, self._buffers, self._training, strict=True):
             # Batch statistics are updated without a new version, so a norm in training counts as moving, too.
             if _moved(module, versions) or (training and getattr(module, "running_mean", None) is not None):
@@ -101,9 +105,7 @@ class Conditions:
             random: whether the field draws random numbers: the generators are put back in the end.
         """
         now = [module.training for module in self._modules]
-        replaced = [
-            (place, _value_at(place), value) for place, value in self._values or () if _value_at(place) is not value
-        ]
+        replaced = [(place, _value_at(place), value) for place, value in self._values if _value_at(place) is not value]
         replaced = [(place, present, value) for place, present, value in replaced if _is_there(place)]
         flipped = now != self._training
         with contextlib.ExitStack() as stack:

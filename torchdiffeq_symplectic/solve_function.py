@@ -20,6 +20,7 @@ from torchdiffeq_symplectic.recording import Recording
 from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.sweep import backpropagate
 from torchdiffeq_symplectic.tape import Stepper, Tape, Times
+from torchdiffeq_symplectic.transforms import is_batched
 
 __all__ = ["Solve", "attach", "missing_gradients", "warn_of_escaped", "warn_of_missing"]
 
@@ -123,6 +124,7 @@ class _Gradient(torch.autograd.Function):
                 expected=ctx.expected if check.active else {},
                 linked=double,
                 retains=solve.retains,
+                batched=any(map(is_batched, outputs)),
             )
             if double:
                 gradients = backpropagate(tape, solve.stepper, field, check, outputs, times, create_graph=True)

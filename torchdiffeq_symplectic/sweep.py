@@ -56,7 +56,8 @@ def sweep(
     """
     of_carry: Cotangents = _of_rows(tape.rows_of_state(len(tape)), outputs)
     times = _TimeCotangents(tape) if field.wants_time else None
-    linear = None if field.wants_time else stepper.linear(tape, field, check)
+    # Its buffers have no room for a batch of cotangents.
+    linear = None if field.wants_time or field.batched else stepper.linear(tape, field, check)
     found: list[Tensor] | None = None
     for n in reversed(range(len(tape))):
         step = tape[n]

@@ -62,7 +62,7 @@ class Captured:
         self._found: dict[Edge, Tensor] = {}
         # Leaves that an evaluation makes for itself are gone after it: holding them would pile them up.
         self._leaves: dict[int, weakref.ref[Tensor]] = {}
-        self._marks: list[weakref.ref[Any]] = []
+        self._marks: list[list[weakref.ref[Any]]] = []  # of each call of a field
         self._escaped = False
 
     def know(self, tensors: Iterable[Tensor]) -> None:
@@ -85,10 +85,13 @@ class Captured:
     @property
     def escaped(self) -> bool:
         """Whether the graph of an evaluation but the last outlived its slope."""
-        if not self._escaped and any(mark() is not None for mark in self._marks[:-1]):
+        if not self._escaped and self._outlived():
             gc.collect()  # it may only be part of a cycle, as hooks on saved tensors make them
-            self._escaped = any(mark() is not None for mark in self._marks[:-1])
+            self._escaped = self._outlived()
         return self._escaped
+
+    def _outlived(self) -> bool:
+        return any(mark() is not None for call in self._marks[:-1] for mark in call)
 
     def evaluate(
         self, func: Callable[..., Any], t: Tensor, y: Any, *args: Any, linked: bool = False, **kwargs: Any
@@ -104,15 +107,13 @@ class Captured:
             given = parts if linked else [_leaf(part) for part in parts]
             stops = {edge_of(part) for part in given if _needs_grad(part)} if linked else set()
             since = now()
-            entering = [_Mark.apply(part, self._marks) if _needs_grad(part) and not linked else part for part in given]
-            result = func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
-            results = [part for part in pytree.tree_leaves(result) if _needs_grad(part)]
-            roots = list(map(edge_of, results))
+            result = func(t, pytree.tree_unflatten(self._marked(given, linked), rebuild), *args, **kwargs)
+            roots = [edge_of(part) for part in pytree.tree_leaves(result) if _needs_grad(part)]
             new = self._look(roots, since, given, stops=stops)
             if new is None:  # a tensor that is held out of sight: watch the operations that it goes into
                 draw = None if self._random is None else self._random.get()
-                with _Witness(self._known):
-                    func(t, pytree.tree_unflatten(entering, rebuild), *args, **kwargs)
+                with _Witness(self._known, since):
+                    func(t, pytree.tree_unflatten(self._marked(given, linked), rebuild), *args, **kwargs)
                 if self._random is not None and draw is not None:
                     self._random.set(draw)
                 new = self._look(roots, since, given, final=True, stops=stops) or []
@@ -121,9 +122,18 @@ class Captured:
         del new
         if linked:
             return result, references
+        result = pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result)
+        del roots
         if not self.escaped:  # now: a sum that is continued where gradients are off loses its graph
-            self._marks = [mark for mark in self._marks if mark() is not None]
-        return pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result), references
+            del self._marks[:-1]
+        return result, references
+
+    def _marked(self, parts: Sequence[Any], linked: bool) -> list[Any]:
+        if linked:
+            return list(parts)
+        marks: list[weakref.ref[Any]] = []
+        self._marks.append(marks)
+        return [_Mark.apply(part, marks) if _needs_grad(part) else part for part in parts]
 
     def look(self, slope: Tensor) -> None:
         """Note what the graph of ``slope`` reaches, however long ago it was made."""
@@ -191,17 +201,19 @@ def _leaf(part: Any) -> Any:
 
 
 class _Witness(TorchFunctionMode):
-    """Notes the tensors that go into operations."""
+    """Notes the tensors that go into operations, unless they were made after ``since``, see `now`."""
 
-    def __init__(self, known: dict[Edge, Tensor]) -> None:
+    def __init__(self, known: dict[Edge, Tensor], since: int) -> None:
         super().__init__()
-        self._known = known
+        self._known, self._since = known, since
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         for part in pytree.tree_leaves((args, kwargs)):
             if _needs_grad(part) and not part.is_leaf:
-                self._known.setdefault(edge_of(part), part)
+                node, number = edge_of(part)
+                if node._sequence_nr() <= self._since:
+                    self._known.setdefault((node, number), part)
         return func(*args, **kwargs)
 
 

@@ -31,6 +31,7 @@ from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.recording import Keep, Recording
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, missing_gradients, warn_of_escaped, warn_of_missing
+from torchdiffeq_symplectic.transforms import Rows, is_followed_forward, is_transformed, is_vmapped
 from torchdiffeq_symplectic.uses import Captured
 
 __all__ = ["Call", "solve"]
@@ -84,6 +85,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
     mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
+    if is_transformed() or is_followed_forward():
+        return _followed(mode, call)
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
     sources = [call.y0, call.t, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
@@ -186,6 +189,28 @@ def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tens
         return _run(_solver(SOLVERS[call.method], call, func), call.t, call.event_fn)
 
 
+def _followed(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
+    """torchdiffeq's own solve, for a transform of ``torch.func`` or forward-mode differentiation to follow.
+
+    Raises:
+        NotImplementedError: before the solve, if it chooses its steps by values, or writes to memory out of sight.
+    """
+    solver = SOLVERS[call.method]
+    is_fixed = issubclass(solver, FixedGridODESolver)
+    if is_vmapped() and is_fixed and call.event_fn is None and not getattr(solver, "implicit", False):
+        with Rows(len(call.t)) as rows:
+            _, solution = _run(_solver(solver, call, call.func, call.y0), call.t, None)
+            return None, rows.stacked(solution)
+    if is_vmapped() or not is_fixed:
+        raise NotImplementedError(
+            f'method="{call.method}" under adjoint_method="{mode.name}" cannot be followed by torch.func.vmap, nor can '
+            "adaptive methods by other transforms of torch.func or in forward mode, as torchdiffeq's steps depend on "
+            'values there. Use an explicit fixed-grid method, such as "rk4" with a step_size; or put the batch into a '
+            "dimension of y0, and differentiate by torch.autograd.grad, which takes is_grads_batched=True."
+        )
+    return _run(_solver(solver, call, call.func, call.y0), call.t, call.event_fn)
+
+
 class _Needed(Exception):  # noqa: N818 (caught: no error)
     """A gradient is needed after all."""
 
@@ -246,10 +271,11 @@ def _recording_solver(mode: Mode, call: Call) -> Any:
     return instance
 
 
-def _solver(solver: type, call: Call, func: Callable[..., Tensor]) -> Any:
+def _solver(solver: type, call: Call, func: Callable[..., Tensor], y0: Tensor | None = None) -> Any:
     """An instance of a solver class, for ``func`` in the place of the wrapped field."""
     # Detached: a field may mark the state that it is given as requiring gradients, and that is not to be the caller's.
-    return solver(func=func, y0=call.y0.detach(), rtol=call.rtol, atol=call.atol, **call.options)
+    y0 = call.y0.detach() if y0 is None else y0
+    return solver(func=func, y0=y0, rtol=call.rtol, atol=call.atol, **call.options)
 
 
 @functools.cache
