@@ -14,7 +14,7 @@ from torchdiffeq_symplectic.experiments.benchmark import installed
 from torchdiffeq_symplectic.experiments.benchmark.problem import Case, as_tuple, flatten
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.problems.dynamics import ThreeBodies, VanDerPol
-from torchdiffeq_symplectic.experiments.benchmark.problems.flows import BATCH, mixture
+from torchdiffeq_symplectic.experiments.benchmark.problems.flow import BATCH, mixture
 
 NAMES = [
     "cnf",
@@ -57,11 +57,11 @@ def test_labels_tell_cases_apart_and_curves_have_an_axis(name: str) -> None:
     labels = [case.label for case in series.cases]
     assert len(set(labels)) == len(labels)
     values = [(case.panel, case.value) for case in series.cases]
-    if series.axis is None:
-        assert all(value is None for _, value in values)
-    else:
+    if series.axis:
         assert len(set(values)) == len(values)
         assert all(value is not None and value > 0 for _, value in values)
+    else:
+        assert all(value is None for _, value in values)
 
 
 @pytest.mark.parametrize(("name", "case"), CASES, ids=ids(CASES))
@@ -88,7 +88,7 @@ SMALLEST = [
 @pytest.mark.parametrize(("name", "case"), SMALLEST, ids=ids(SMALLEST))
 def test_the_exact_gradient_is_backpropagations(name: str, case: Case) -> None:
     needs_data(case.label)
-    problem = case.build(0).double()
+    problem = case.build(0).to(torch.float64)
     expected = flatten(problem.gradient(torchdiffeq.odeint))
     found = flatten(problem.gradient(SYMPLECTIC.solve))
     assert (found - expected).norm() < 1e-11 * expected.norm()

@@ -101,7 +101,7 @@ def test_who_does_not_solve_or_fails_or_does_not_end_is_noted() -> None:
 
     chosen = [
         BACKPROPAGATION,
-        CONTENDERS["memory_free"],
+        Contender("refusing", BACKPROPAGATION.solve, refusal=lambda problem: f"not by {problem.method}"),
         Contender("failing", failing),
         CONTENDERS["checkpoint"],
     ]
@@ -110,7 +110,7 @@ def test_who_does_not_solve_or_fails_or_does_not_end_is_noted() -> None:
     rows = compare(problem(), chosen, repeats=1, budget=budget).set_index("contender")
     assert list(rows["note"]) == [
         "",
-        "only for euler and heun2",
+        "not by dopri5",
         "ValueError: a number was not to its liking",
         f"stopped after {budget} evaluations",
     ]

@@ -185,13 +185,14 @@ def benchmark(
     interruption the same command goes on. All problems take about an hour on one CPU core; OMP_NUM_THREADS=1 makes
     times vary less.
     """
-    from torchdiffeq_symplectic.experiments.benchmark import contenders, report, run
-    from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION
+    from torchdiffeq_symplectic.experiments.benchmark import peers, report, run
+    from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION
     from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
+    from torchdiffeq_symplectic.experiments.benchmark.results import OtherRunError, Settings
 
     for name in problems or []:
         _known(name, PROBLEMS, "PROBLEM")
-    installed = {contender.name: contender for contender in contenders.installed()}
+    installed = {contender.name: contender for contender in peers.installed()}
     for name in mode or []:
         _known(name, installed, "--mode")
     if readme is not None and not report.has_place(readme):
@@ -201,8 +202,8 @@ def benchmark(
     chosen = [one for name, one in installed.items() if not mode or name in (BACKPROPAGATION, *mode)]
     series = [one for name, one in PROBLEMS.items() if not problems or name in problems]
     try:
-        finished = run.run(series, chosen, run.Settings.here(device, repeats, seed), out, fresh, readme)
-    except run.OtherRunError as error:
+        finished = run.run(series, chosen, Settings.here(device, repeats, seed), out, fresh, readme)
+    except OtherRunError as error:
         raise typer.BadParameter(f"{error}; choose another directory or --fresh", param_hint="--out") from error
     raise typer.Exit(0 if finished else 130)  # as shells have it after Ctrl-C
 

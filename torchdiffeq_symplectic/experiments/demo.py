@@ -9,17 +9,17 @@ from typing import Any
 
 import pandas as pd
 import torch
-import torchdiffeq
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, TextColumn
 from sklearn.datasets import load_breast_cancer
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
+from torchdiffeq import odeint
 
-from torchdiffeq_symplectic.experiments.benchmark import Contender, Problem, compare, installed, report
-from torchdiffeq_symplectic.experiments.benchmark.problem import State
-from torchdiffeq_symplectic.experiments.benchmark.problems.flow import FlowField, initial_state, log_likelihood
+from torchdiffeq_symplectic import odeint_adjoint
+from torchdiffeq_symplectic.experiments.benchmark import Problem, compare, installed, report
+from torchdiffeq_symplectic.experiments.benchmark.problems.flow import FlowField, initial_state, loss
 from torchdiffeq_symplectic.experiments.environment import one_thread
 from torchdiffeq_symplectic.experiments.figures import dots, grid, save
 
@@ -71,7 +71,9 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> DemoOut
         f"{held_out[0][1]:.3f} before, [bold]{held_out[-1][1]:.3f}[/bold] after {steps} steps."
     )
     with console.status("Comparing the gradients of the trained flow"):
-        rows = compare(_problem(field, train, seed), _contenders(), ROUNDS)
+        field.draw_noise(len(train), torch.Generator().manual_seed(seed))
+        problem = Problem(field, initial_state(train), _times(train), loss, **SOLVER)
+        rows = compare(problem, [one for one in installed() if one.name in CONTENDERS], ROUNDS)
     console.print(report.table(rows))
     outcome = DemoOutcome(training, held_out, rows)
     out.mkdir(parents=True, exist_ok=True)
@@ -96,60 +98,34 @@ def _train(
     optimizer = torch.optim.Adam(field.parameters(), lr=LEARNING_RATE)
     training: list[float] = []
     held_out = [(0, _held_out(field, test, seed))]
-    with _progress(console) as progress:
+    shown = TextColumn("{task.fields[nats]:6.3f} nats per dimension")
+    with Progress(*Progress.get_default_columns(), shown, console=console) as progress:
         task = progress.add_task("training", total=steps, nats=held_out[0][1])
         for step in range(1, steps + 1):
             batch = train[torch.randperm(len(train), generator=generator)[:BATCH].to(train.device)]
             field.draw_noise(len(batch), generator)
-            loss = _nats_per_dimension(
-                torchdiffeq.odeint_adjoint(
-                    field, initial_state(batch), _times(batch), adjoint_method="symplectic", **SOLVER
-                )
+            nats = loss(
+                odeint_adjoint(field, initial_state(batch), _times(batch), adjoint_method="symplectic", **SOLVER)
             )
             optimizer.zero_grad()
-            loss.backward()
+            nats.backward()
             optimizer.step()
-            training.append(loss.item())
+            training.append(nats.item())
             if step % max(1, steps // POINTS) == 0 or step == steps:
                 held_out.append((step, _held_out(field, test, seed)))
             progress.update(task, advance=1, nats=training[-1])
     return training, held_out
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[nats]:6.3f} nats per dimension"),
-        TimeRemainingColumn(),
-        console=console,
-    )
-
-
 @torch.no_grad()
 def _held_out(field: FlowField, test: Tensor, seed: int) -> float:
     """Estimate on the held-out rows, with the same noise at each call. It is unbiased, as E[e eᵀ] = 1."""
     field.draw_noise(len(test), torch.Generator().manual_seed(seed))
-    return float(_nats_per_dimension(torchdiffeq.odeint(field, initial_state(test), _times(test), **SOLVER)))
-
-
-def _nats_per_dimension(solution: State) -> Tensor:
-    return -log_likelihood(solution).mean() / solution[0].shape[-1]
+    return float(loss(odeint(field, initial_state(test), _times(test), **SOLVER)))
 
 
 def _times(x: Tensor) -> Tensor:
     return torch.tensor([0.0, 1.0], dtype=x.dtype, device=x.device)
-
-
-def _problem(field: FlowField, x: Tensor, seed: int) -> Problem:
-    field.draw_noise(len(x), torch.Generator().manual_seed(seed))
-    return Problem(field, initial_state(x), _times(x), _nats_per_dimension, **SOLVER)
-
-
-def _contenders() -> list[Contender]:
-    """Those that solve any problem by any method."""
-    return [contender for contender in installed() if contender.name in CONTENDERS]
 
 
 def _draw(outcome: DemoOutcome, path: Path) -> None:

@@ -14,10 +14,11 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from torchdiffeq_symplectic.experiments.memory import MIB
+
 __all__ = [
     "FLOOR",
     "LABELS",
-    "MIB",
     "STYLES",
     "curves",
     "depth_axis",
@@ -25,10 +26,10 @@ __all__ = [
     "grid",
     "logarithmic",
     "save",
+    "style_of",
     "values_of",
 ]
 
-MIB = 2**20
 FLOOR = 1e-17  # where an error of exactly zero is drawn
 LABELS = {
     "gradient_error": f"relative error of the gradient (0 at {FLOOR:.0e})",
@@ -53,14 +54,25 @@ STYLES: dict[str, tuple[Any, str]] = {
     "memory_free": (_PURPLE, "*"),
     "autograd": ("black", "s"),
     "interpolated_adjoint": (_SKY, "<"),
+    "torch_symplectic_adjoint": (_ORANGE, "d"),
     "zuko": (_PURPLE, "p"),
     "TorchDiffEqPack, ACA": (_GREEN, "h"),
     "TorchDiffEqPack, MALI": ("0.55", "H"),
 }
 
 
-def _style(contender: str) -> tuple[Any, str]:
-    return STYLES[contender.removeprefix("torchdyn, ")]
+def style_of(contender: str) -> dict[str, Any]:
+    """Its colour and marker, as matplotlib's keywords; dashed in torchdyn, and `symplectic` fat and full."""
+    colour, marker = STYLES[contender.removeprefix("torchdyn, ")]
+    own = contender == "symplectic"
+    return {
+        "color": colour,
+        "marker": marker,
+        "linestyle": "--" if contender.startswith("torchdyn") else "-",
+        "linewidth": 2.5 if own else 1.2,
+        "fillstyle": "full" if own else "none",
+        "zorder": 3 if own else 2,
+    }
 
 
 def grid(rows: int, columns: int, width: float = 4.5, height: float = 3.4) -> tuple[Figure, list[list[Axes]]]:
@@ -77,22 +89,9 @@ def values_of(frame: pd.DataFrame, quantity: str) -> pd.Series[float]:
 
 def curves(frame: pd.DataFrame, quantity: str, axes: Axes, label: str) -> None:
     """``quantity`` over the column "value", both logarithmic, a curve for each contender."""
-    for contender, of in (
-        frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"]).groupby("contender", sort=False)
-    ):
-        colour, marker = _style(str(contender))
-        own = contender == "symplectic"
-        axes.loglog(
-            of["value"],
-            of["y"],
-            color=colour,
-            marker=marker,
-            linestyle="--" if str(contender).startswith("torchdyn") else "-",
-            linewidth=2.5 if own else 1.2,
-            fillstyle="full" if own else "none",
-            zorder=3 if own else 2,
-            label=str(contender),
-        )
+    drawn = frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"])
+    for contender, of in drawn.groupby("contender", sort=False):
+        axes.loglog(of["value"], of["y"], label=contender, **style_of(contender))
     logarithmic(axes.yaxis, quantity)
     axes.set(xlabel=label, ylabel=LABELS[quantity])
     axes.grid(alpha=0.3)
@@ -110,7 +109,7 @@ def dots(frame: pd.DataFrame, quantity: str, axes: Axes) -> None:
     """A dot for each contender, logarithmic: a bar would need a zero to start from."""
     of = frame.assign(y=values_of(frame, quantity)).dropna(subset=["y"])
     names = list(of["contender"])
-    palette = {name: _style(name)[0] for name in names}
+    palette = {name: style_of(name)["color"] for name in names}
     sns.stripplot(
         of, x="y", y="contender", hue="contender", palette=palette, size=8, jitter=False, legend=False, ax=axes
     )

@@ -14,8 +14,8 @@ import torch
 import torchdiffeq
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION, Contender
-from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, Solver, State, flatten, gradient
+from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION, Contender
+from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, Solver, State, as_tuple, flatten, gradient
 from torchdiffeq_symplectic.experiments.environment import ERRORS
 from torchdiffeq_symplectic.experiments.memory import peak_bytes
 
@@ -49,26 +49,18 @@ def compare(
 
     Args:
         problem: what is solved and differentiated; its field must give the same slope at each call.
-        contenders: one of them must be named "backpropagation", whose time the others' are divided by.
-        repeats: rounds of timing after one to warm up. The contenders take turns in each, so that a machine that slows
-            down slows all of them.
+        contenders: one of them backpropagation, whose time the others' are divided by.
+        repeats: rounds of timing after one to warm up; the contenders take turns in each.
         budget: a contender that evaluates the field more often than that is stopped, and its row says so.
-        rounding: whether the error is that of a gradient in the problem's own dtype; else it is computed in float64,
-            too, and is that of the method alone.
+        rounding: whether the error is that of a gradient in the problem's own dtype; else in float64.
         tell: is told what is being done.
 
     Returns:
-        A row for each contender, in their order; what was not measured is missing (NaN). Its columns are
-
-        - ``contender``: its name;
-        - ``gradient_error``: ‖g - g*‖ / ‖g*‖ over y0 and all parameters, g* in float64 by backpropagation through the
-          contender's own solve, its accepted steps held constant;
-        - ``peak_bytes``: most bytes alive at once during forward and backward, above those alive before;
-        - ``seconds``: of forward and backward, the median of the rounds;
-        - ``relative_time``, ``relative_forward``, ``relative_backward``: medians over the rounds of the ratio to
-          backpropagation's time in the same round, and ``relative_time_low`` and ``_high``, its quartiles;
-        - ``forward_evaluations``, ``backward_evaluations``: calls of a field until the solution is there, and after;
-        - ``note``: why there are no figures, else empty.
+        A row for each contender, NaN where it was not measured: ``gradient_error``, ‖g - g*‖ / ‖g*‖ over y0 and all
+        parameters, g* in float64 by backpropagation through the contender's own solve, its accepted steps held
+        constant; ``peak_bytes``, most alive at once above those alive before; ``seconds``, a median over the rounds;
+        ``relative_time``, ``_forward`` and ``_backward``, medians of the ratio to backpropagation's in the same round,
+        with quartiles; calls of a field in forward and backward; ``note``, why there are no figures.
 
     Raises:
         ValueError: if ``repeats`` is less than one, or none of ``contenders`` is backpropagation.
@@ -95,16 +87,12 @@ def compare(
 
 @torch.no_grad()
 def _require_reproducible(problem: Problem) -> None:
-    one, other = (flatten(list(_parts(problem.solve(torchdiffeq.odeint)))) for _ in range(2))
+    one, other = (flatten(as_tuple(problem.solve(torchdiffeq.odeint))) for _ in range(2))
     if not torch.equal(one, other):
         raise RuntimeError(
             "two solves of problem differ: problem.field must give the same slope for the same time and state, so fix "
             "its noise and switch dropout off"
         )
-
-
-def _parts(solution: State) -> Iterator[Tensor]:
-    yield from solution if isinstance(solution, tuple) else (solution,)
 
 
 def _try(
@@ -120,10 +108,11 @@ def _try(
         forward = counter.evaluations
         found = flatten(gradient(loss, problem.leaves))
         backward = counter.evaluations - forward
+        exact = problem.to(torch.float64)
         if contender.truth not in truths:
-            truths[contender.truth] = flatten(problem.double().gradient(contender.truth))
+            truths[contender.truth] = flatten(exact.gradient(Counter(budget).around(contender.truth)))
         if not rounding:
-            found = flatten(problem.double().gradient(Counter(budget).around(contender.solve)))
+            found = flatten(exact.gradient(Counter(budget).around(contender.solve)))
     except BudgetError:
         return {"note": f"stopped after {budget} evaluations"}
     except ERRORS as error:
@@ -144,18 +133,14 @@ class BudgetError(Exception):
 
 
 class Counter:
-    """How often the fields have been called.
-
-    Args:
-        budget: after so many calls :class:`BudgetError` is raised.
-    """
+    """How often the fields have been called; after ``budget`` calls :class:`BudgetError` is raised."""
 
     def __init__(self, budget: int | None) -> None:
         self.evaluations = 0
         self._budget = budget
 
     def count(self) -> None:
-        """Count a call; BudgetError if it is one too many."""
+        """Count a call."""
         self.evaluations += 1
         if self._budget is not None and self.evaluations > self._budget:
             raise BudgetError
@@ -214,10 +199,7 @@ def _time_in_turn(
 
 @contextmanager
 def _garbage_collected_by_hand() -> Iterator[None]:
-    """What one contender leaves behind is not cleared away in another's time.
-
-    Whatever is there already is exempt from collection, which takes a while with many modules imported.
-    """
+    """What one contender leaves behind is not cleared away in another's time; what is there already is exempt."""
     was_enabled, frozen = gc.isenabled(), gc.get_freeze_count()
     gc.disable()
     gc.freeze()
@@ -232,12 +214,11 @@ def _garbage_collected_by_hand() -> Iterator[None]:
 
 def _time(problem: Problem, contender: Contender) -> tuple[float, float]:
     """Seconds of a forward and of a backward pass."""
-    device = problem.t.device
-    start = _now(device)
+    start = _now(problem.t.device)
     loss = problem.loss(problem.solve(contender.solve))
-    between = _now(device)
+    between = _now(problem.t.device)
     gradient(loss, problem.leaves)
-    return between - start, _now(device) - between
+    return between - start, _now(problem.t.device) - between
 
 
 def _now(device: torch.device) -> float:

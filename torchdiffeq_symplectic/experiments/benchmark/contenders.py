@@ -1,32 +1,55 @@
-"""The ways to differentiate a solve that are measured against each other.
-
-Here are those of torchdiffeq. Each has a truth: backpropagation through its own solve, accepted steps held constant.
-"""
+"""The ways to differentiate a solve of torchdiffeq that are measured against each other."""
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torchdiffeq
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION, MODES, Contender, backpropagation
-from torchdiffeq_symplectic.experiments.benchmark.peers import PEERS
-from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, State, as_tuple
+from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, Solver, State, as_tuple
 
-__all__ = ["installed", "is_own"]
+__all__ = ["BACKPROPAGATION", "MODES", "Contender", "backpropagation", "is_own", "of_torchdiffeq"]
 
+BACKPROPAGATION = "backpropagation"  # the one whose time the others' are divided by
 TIGHT = 1e-2  # of the tolerances, in the second run of upstream's adjoint
 
+MODES: dict[str, dict[str, Any]] = {
+    "baseline": {"adjoint_method": "baseline"},
+    "aca": {"adjoint_method": "aca"},
+    "symplectic": {"adjoint_method": "symplectic"},
+    "symplectic, stages": {"adjoint_method": "symplectic", "adjoint_options": {"checkpoint": "stages"}},
+    "memory_free": {"adjoint_method": "memory_free"},
+}
 
-def installed() -> list[Contender]:
-    """Those of torchdiffeq, and those of torchdyn and of other packages that are installed."""
-    there = [name for name in PEERS if importlib.util.find_spec(name) is not None]
-    return [*_of_torchdiffeq(), *(contender for name in there for contender in PEERS[name]())]
+
+def backpropagation(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+    """torchdiffeq's own solve, for autograd to follow."""
+    solution: State = torchdiffeq.odeint(func, y0, t, **settings)
+    return solution
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to differentiate a solve.
+
+    Attributes:
+        name: what tables and plots call it.
+        solve: called as torchdiffeq's ``odeint`` is, ``(func, y0, t, *, rtol, atol, method, options)``.
+        truth: the same solve for autograd to follow, its accepted steps held constant.
+        refusal: why it does not solve a problem, or None if it does.
+        may_fail: whether an error in it is something that was found, not a defect of the benchmark.
+    """
+
+    name: str
+    solve: Solver
+    truth: Solver = backpropagation
+    refusal: Callable[[Problem], str | None] = lambda problem: None
+    may_fail: bool = True
 
 
 def is_own(name: str) -> bool:
@@ -34,21 +57,20 @@ def is_own(name: str) -> bool:
     return name.removeprefix("torchdyn, ") in MODES
 
 
-def _of_torchdiffeq() -> list[Contender]:
+def of_torchdiffeq() -> list[Contender]:
+    """Backpropagation, upstream's adjoint in three ways, PyTorch's checkpoint, and this package's modes."""
+    own = [Contender(name, partial(_adjoint, **mode), may_fail=False) for name, mode in MODES.items()]
     return [
         Contender(BACKPROPAGATION, backpropagation, may_fail=False),
-        Contender("adjoint", _odeint_adjoint),
+        Contender("adjoint", _adjoint),
         Contender("adjoint, tight", _tight, refusal=_has_fixed_steps),
         Contender("adjoint, seminorm", _seminorm, refusal=_has_fixed_steps),
         Contender("checkpoint", _checkpoint),
-        *(
-            Contender(name, functools.partial(_odeint_adjoint, **mode), may_fail=False, refusal=_only_memory_free(name))
-            for name, mode in MODES.items()
-        ),
+        *own,
     ]
 
 
-def _odeint_adjoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+def _adjoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
     solution: State = torchdiffeq.odeint_adjoint(func, y0, t, **settings)
     return solution
 
@@ -56,16 +78,14 @@ def _odeint_adjoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> S
 def _tight(func: nn.Module, y0: State, t: Tensor, *, rtol: float, atol: float, **settings: Any) -> State:
     """Upstream's adjoint, its backward pass at a hundredth of the tolerances."""
     tolerances = {"rtol": rtol, "atol": atol, "adjoint_rtol": TIGHT * rtol, "adjoint_atol": TIGHT * atol}
-    return _odeint_adjoint(func, y0, t, **tolerances, **settings)
+    return _adjoint(func, y0, t, **tolerances, **settings)
 
 
 def _seminorm(func: nn.Module, y0: State, t: Tensor, *, options: dict[str, Any], **settings: Any) -> State:
-    """Upstream's adjoint without the parameters' gradients in the norm of its error; the options are those of forward.
-
-    Kidger, Chen, Lyons, "Hey, that's not an ODE": Faster ODE Adjoints via Seminorms, ICML 2021,
-    https://arxiv.org/abs/2009.09457
+    """Upstream's adjoint without the parameters' gradients in the norm of its error (Kidger, Chen, Lyons, ICML 2021,
+    https://arxiv.org/abs/2009.09457).
     """
-    return _odeint_adjoint(func, y0, t, options=options, adjoint_options={**options, "norm": "seminorm"}, **settings)
+    return _adjoint(func, y0, t, options=options, adjoint_options={**options, "norm": "seminorm"}, **settings)
 
 
 def _checkpoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
@@ -80,10 +100,3 @@ def _checkpoint(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State
 
 def _has_fixed_steps(problem: Problem) -> str | None:
     return "no effect on fixed steps" if problem.has_fixed_steps else None
-
-
-def _only_memory_free(name: str) -> Callable[[Problem], str | None]:
-    def refusal(problem: Problem) -> str | None:
-        return "only for euler and heun2" if problem.method not in ("euler", "heun2") else None
-
-    return refusal if name == "memory_free" else lambda problem: None

@@ -1,35 +1,39 @@
-"""Other packages as contenders: torchdyn, zuko and TorchDiffEqPack.
+"""Other packages as contenders, where they are installed: torchdyn, the papers' own code, and zuko.
 
-The last two only return the last state, so they go from output time to output time.
+torch_symplectic_adjoint is that of Matsubara et al. (https://github.com/tksmatsubara/symplectic-adjoint-method), not on
+PyPI; TorchDiffEqPack that of Zhuang et al., ACA and MALI.
 """
 
 from __future__ import annotations
 
-import functools
+import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.experiments.benchmark.contender import MODES, Contender
+from torchdiffeq_symplectic.experiments.benchmark.contenders import MODES, Contender, of_torchdiffeq
 from torchdiffeq_symplectic.experiments.benchmark.problem import Problem, Solver, State
 from torchdiffeq_symplectic.experiments.environment import first_step_held
 
-__all__ = ["PEERS", "Flat"]
+__all__ = ["PEERS", "Flat", "installed"]
 
 ADAPTIVE, FIXED = ("dopri5",), ("euler", "midpoint")  # of torchdyn, whose rk4 is not torchdiffeq's
 
 
-class Flat(nn.Module):
-    """A field of one tensor, from one whose state may be a tuple: its parts then lie in a row, shape ``(1, D)``.
+def installed() -> list[Contender]:
+    """Those of torchdiffeq, and those of other packages that are installed."""
+    there = [name for name in PEERS if importlib.util.find_spec(name) is not None]
+    return [*of_torchdiffeq(), *(contender for name in there for contender in PEERS[name]())]
 
-    Args:
-        field: ``field(t, y)``, with ``y`` like ``example``.
-        example: a state.
-    """
+
+class Flat(nn.Module):
+    """A field of one tensor, from one whose state may be a tuple like ``example``: its parts then lie in a row."""
 
     def __init__(self, field: nn.Module, example: State) -> None:
         super().__init__()
@@ -53,7 +57,7 @@ class Flat(nn.Module):
 
 
 def _unknown(options: Mapping[str, Any], *known: str) -> str | None:
-    """A refusal of those of torchdiffeq's ``options`` that are not ``known``, or None if all are.
+    """A refusal of those of torchdiffeq's ``options`` that are not ``known``.
 
     A first step is advice that may be ignored, and a limit to the number of steps changes none of them.
     """
@@ -64,21 +68,13 @@ def _unknown(options: Mapping[str, Any], *known: str) -> str | None:
 def _of_torchdyn() -> list[Contender]:
     """torchdyn's three ways and this package's modes.
 
-    Some errors have causes of their own. Backpropagation, ``autograd``, also differentiates the choice of the first
-    step. ``interpolated_adjoint`` adds the gradients of output times between the first and the last at wrong ones. Both
-    adjoints go the wrong way for decreasing times.
+    ``autograd`` also differentiates the choice of the first step. ``interpolated_adjoint`` adds the gradients of output
+    times between the first and the last at wrong ones. Both adjoints go the wrong way for decreasing times.
     """
     upstream = {name: {"adjoint_method": name} for name in ("autograd", "adjoint", "interpolated_adjoint")}
-    own = {name: mode for name, mode in MODES.items() if name != "memory_free"}
     return [
-        Contender(
-            f"torchdyn, {name}",
-            functools.partial(_torchdyn, **mode),
-            _torchdyn_truth,
-            _torchdyn_refusal,
-            may_fail=name in upstream,
-        )
-        for name, mode in {**upstream, **own}.items()
+        Contender(f"torchdyn, {name}", partial(_torchdyn, **mode), _torchdyn_truth, _torchdyn_refusal, name in upstream)
+        for name, mode in {**upstream, **MODES}.items()
     ]
 
 
@@ -142,6 +138,25 @@ def _torchdyn_truth(func: nn.Module, y0: State, t: Tensor, **settings: Any) -> S
         return _torchdyn(func, y0, t, adjoint_method="autograd", **settings)
 
 
+def _of_matsubara() -> list[Contender]:
+    """The symplectic adjoint method by its authors: their steps end at the output times."""
+    solve, truth = (partial(_matsubara, name) for name in ("odeint_symplectic_adjoint", "odeint"))
+    return [Contender("torch_symplectic_adjoint", solve, truth, _matsubara_refusal)]
+
+
+def _matsubara(function: str, func: nn.Module, y0: State, t: Tensor, **settings: Any) -> State:
+    package = importlib.import_module("torch_symplectic_adjoint")
+    settings["options"] = {**settings["options"], "step_t": t[1:]}
+    solution: State = getattr(package, function)(func, y0, t, **settings)
+    return solution
+
+
+def _matsubara_refusal(problem: Problem) -> str | None:
+    if problem.method not in ("dopri5", "dopri8", "bosh3"):
+        return "only for dopri5, dopri8, bosh3"
+    return None if problem.t[-1] > problem.t[0] else "only for increasing times"
+
+
 def _restarting(solve: Callable[..., Tensor]) -> Solver:
     """A solver that goes from output to output, from one that only returns the last state."""
 
@@ -186,20 +201,18 @@ def _zuko_truth(field: Flat, x: Tensor, start: Tensor, end: Tensor, **settings: 
 def _of_pack() -> list[Contender]:
     """ACA and MALI by their authors. MALI solves by its own method, of second order.
 
-    TorchDiffEqPack makes all times but the last float32, and its backward pass takes the steps' lengths from them, so
-    that they differ from those of the forward pass: that is the gradient's error, 1e-9 to 1e-6.
+    It makes all times but the last float32, and its backward pass takes the steps' lengths from them: that is the
+    gradient's error, 1e-9 to 1e-6.
     """
+    ways = ("ACA", "odesolve_adjoint", "dopri5"), ("MALI", "odesolve_adjoint_sym12", "sym12async")
     return [
         Contender(
             f"TorchDiffEqPack, {name}",
-            _restarting(functools.partial(_pack, adjoint, method)),
-            _restarting(functools.partial(_pack, "odesolve_endtime", method)),
+            _restarting(partial(_pack, adjoint, method)),
+            _restarting(partial(_pack, "odesolve_endtime", method)),
             _instead_of_dopri5,
         )
-        for name, adjoint, method in (
-            ("ACA", "odesolve_adjoint", "dopri5"),
-            ("MALI", "odesolve_adjoint_sym12", "sym12async"),
-        )
+        for name, adjoint, method in ways
     ]
 
 
@@ -230,6 +243,7 @@ def _pack(
 
 PEERS: dict[str, Callable[[], list[Contender]]] = {
     "torchdyn": _of_torchdyn,
+    "torch_symplectic_adjoint": _of_matsubara,
     "zuko": _of_zuko,
     "TorchDiffEqPack": _of_pack,
 }

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Axis", "Case", "Problem", "Series", "Solver", "State", "as_tuple", "flatten", "gradient"]
+__all__ = ["Case", "Problem", "Series", "Solver", "State", "as_tuple", "flatten", "gradient"]
 
 State: TypeAlias = Tensor | tuple[Tensor, ...]  # a state, or a solution, in torchdiffeq's form
 Solver: TypeAlias = Callable[..., State]  # called as torchdiffeq's odeint is
@@ -23,18 +23,12 @@ class Problem:
     """The loss of an initial value problem's solution, as a function of the initial state and the field's parameters.
 
     Attributes:
-        field: ``field(t, y)``, the slope at time ``t`` (no dimension) and state ``y`` (in the shape of ``y0``). An
-            ``nn.ModuleList`` is a stack of fields: each is solved over ``t``, from the last state of the one before.
-        y0: state at ``t[0]``, a tensor or a tuple of tensors.
-        t: output times, shape ``(T,)``, increasing or decreasing.
-        loss: maps the solution (of the last field of a stack), of shape ``(T, *y0.shape)`` or a tuple of such, to a
-            tensor without dimensions. It must take a solution of any dtype, on any device.
-        method: torchdiffeq's name of the method.
-        rtol: relative tolerance.
-        atol: absolute tolerance, in the units of the state.
-        options: torchdiffeq's options of the method. Give an adaptive one ``first_step``: if the solver chooses the
-            first step itself, backpropagation through it also differentiates that choice, which no other mode does.
-            Give one of fixed steps ``step_size``.
+        field: ``field(t, y)``. An ``nn.ModuleList`` is a stack: each is solved over ``t``, from the last state of the
+            one before.
+        y0, t, method, rtol, atol: as for ``torchdiffeq.odeint``.
+        loss: maps the solution, in any dtype and on any device, to a tensor without dimensions.
+        options: the method's. Give an adaptive one ``first_step``: if the solver chooses that itself, backpropagation
+            also differentiates the choice. Give one of fixed steps ``step_size``.
     """
 
     field: nn.Module
@@ -54,8 +48,7 @@ class Problem:
     @cached_property
     def leaves(self) -> tuple[Tensor, ...]:
         """What the loss is differentiated with respect to: the parts of y0, then the field's trainable parameters."""
-        parameters = [parameter for parameter in self.field.parameters() if parameter.requires_grad]
-        return (*self._initial_state, *parameters)
+        return (*self._initial_state, *(p for p in self.field.parameters() if p.requires_grad))
 
     @cached_property
     def _initial_state(self) -> tuple[Tensor, ...]:
@@ -65,10 +58,9 @@ class Problem:
         """The solution by ``solver``, which is called once for each field, in their order."""
         state: State = self._initial_state if isinstance(self.y0, tuple) else self._initial_state[0]
         solution = state
+        settings = {"rtol": self.rtol, "atol": self.atol, "method": self.method}
         for field in self.field if isinstance(self.field, nn.ModuleList) else [self.field]:
-            solution = solver(
-                field, state, self.t, rtol=self.rtol, atol=self.atol, method=self.method, options=dict(self.options)
-            )
+            solution = solver(field, state, self.t, **settings, options=dict(self.options))
             state = tuple(part[-1] for part in solution) if isinstance(solution, tuple) else solution[-1]
         return solution
 
@@ -76,23 +68,12 @@ class Problem:
         """One forward pass by ``solver`` and one backward pass: the gradients with respect to ``leaves``."""
         return gradient(self.loss(self.solve(solver)), self.leaves)
 
-    def to(self, device: torch.device | str) -> Problem:
-        """The same problem on a device: a copy but for the loss, which must take a solution on any device."""
-        y0 = tuple(part.to(device) for part in as_tuple(self.y0))
-        return self.replace(
-            field=copy.deepcopy(self.field).to(device),
-            y0=y0 if isinstance(self.y0, tuple) else y0[0],
-            t=self.t.to(device),
-        )
-
-    def double(self) -> Problem:
-        """The same problem with state, parameters and times in float64."""
-        y0 = tuple(part.double() for part in as_tuple(self.y0))
-        return self.replace(
-            field=copy.deepcopy(self.field).double(),
-            y0=y0 if isinstance(self.y0, tuple) else y0[0],
-            t=self.t.double(),
-        )
+    def to(self, where: torch.device | str | torch.dtype) -> Problem:
+        """A copy on a device, or in a dtype."""
+        parts = tuple(part.to(where) for part in as_tuple(self.y0))
+        y0 = parts if isinstance(self.y0, tuple) else parts[0]
+        field: nn.Module = copy.deepcopy(self.field).to(where)
+        return self.replace(field=field, y0=y0, t=self.t.to(where))
 
     def replace(self, **changes: Any) -> Problem:
         """The same problem but for ``changes``."""
@@ -119,14 +100,6 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Axis:
-    """What varies along a series; drawn logarithmic."""
-
-    label: str
-    falling: bool = False
-
-
-@dataclass(frozen=True)
 class Series:
     """Problems that are measured for one purpose.
 
@@ -143,7 +116,7 @@ class Series:
     name: str
     title: str
     cases: tuple[Case, ...]
-    axis: Axis | None = None
+    axis: str = ""
     shows: tuple[str, ...] = ("gradient_error", "peak_bytes", "relative_time")
     budget: int = 20_000
     rounding: bool = False
@@ -155,7 +128,7 @@ def gradient(loss: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """All entries one after the other in float64, shape ``(M,)``."""
+    """All entries one after the other in float64."""
     return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
 
 

@@ -8,28 +8,27 @@ from pathlib import Path
 import pandas as pd
 from rich.table import Table
 
-from torchdiffeq_symplectic.experiments.benchmark.contender import BACKPROPAGATION
-from torchdiffeq_symplectic.experiments.benchmark.contenders import is_own
+from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION, is_own
 from torchdiffeq_symplectic.experiments.benchmark.problem import Series
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.results import Results
 from torchdiffeq_symplectic.experiments.figures import (
     LABELS,
-    MIB,
-    STYLES,
     curves,
     dots,
     grid,
     logarithmic,
     save,
+    style_of,
     values_of,
 )
+from torchdiffeq_symplectic.experiments.memory import MIB
 from torchdiffeq_symplectic.experiments.tables import markdown, rich_table
 
-__all__ = ["draw", "has_place", "overview", "report", "section", "table", "update"]
+__all__ = ["OVERVIEW", "draw", "has_place", "overview", "report", "section", "table", "update"]
 
 OPENING, CLOSING = "<!-- benchmark -->", "<!-- /benchmark -->"
-SYMPLECTIC, STAGES, ADJOINT = "symplectic", "symplectic, stages", "adjoint"
+OVERVIEW = "steps", "100 steps"  # series and case of the front page's picture
 SHOWN = {  # series and case -> what stands above its column in a README
     ("cnf", "breast cancer, 30 columns, M = 5"): "`cnf`, M = 5",
     ("kdv", "Korteweg-de Vries, dopri8"): "`kdv`",
@@ -76,7 +75,7 @@ def _notes(rows: pd.DataFrame) -> Iterator[str]:
 
 def table(rows: pd.DataFrame, title: str = "One gradient, the same accepted steps") -> Table:
     """The rows of one case for the terminal."""
-    shown = _cells(rows).drop(columns=["memory", "forward", "backward"])
+    shown = _cells(rows).drop(columns=["memory", "quartiles", "forward", "backward"])
     return rich_table(shown, title, "\n".join(_notes(rows)) or None)
 
 
@@ -101,17 +100,14 @@ def section(results: Results) -> str:
     frame["cost"] = [f"{time:.2f} / {size:.2g}" for time, size in zip(frame["relative_time"], memory, strict=True)]
     frame["error"] = frame["gradient_error"].map("{:.0e}".format)
     shown = frame[frame["title"].notna()]
-    parts = [_conditions(results)]
-    parts += [
-        "**Time / peak memory of forward and backward pass, over those of backpropagation**",
-        _wide(shown, "cost"),
-    ]
+    heading = "**Time / peak memory of forward and backward pass, over those of backpropagation**"
+    parts = [_conditions(results), heading, _wide(shown, "cost")]
     parts += ["**Relative error of the gradient**", _wide(shown, "error")]
     tolerances = frame[frame["problem"] == "tolerance"]
     if len(tolerances):
         tolerances = tolerances.assign(title=tolerances["case"].str.replace(" rtol", ""))
         parts += ["**Error of the gradient over the tolerance** (`tolerance`)", _wide(tolerances, "error")]
-    parts.append("\n".join(f"- {line}" for line in (*_gains(results), *_losses(shown))))
+    parts.append("\n".join(f"- {line}" for line in (*_gains(shown), *_losses(shown))))
     return "\n\n".join(parts)
 
 
@@ -133,27 +129,13 @@ def _conditions(results: Results) -> str:
     )
 
 
-def _gains(results: Results) -> Iterable[str]:
-    """What the promises come to."""
-    for (name, case), title in SHOWN.items():
-        factor = _ratio(results, name, case, "seconds", ADJOINT, SYMPLECTIC)
-        if name in ("outputs", "small", "cnf") and factor:
-            yield f"{title}: `symplectic` takes 1/{factor:.1f} of the upstream adjoint's time."
-    factor = _ratio(results, "steps", "100 steps", "peak_bytes", BACKPROPAGATION, SYMPLECTIC)
-    if factor:
-        times = (
-            _ratio(results, "steps", "100 steps", "relative_time", name, BACKPROPAGATION)
-            for name in (SYMPLECTIC, STAGES)
-        )
-        own, stages = times
-        yield (
-            f"100 steps of dopri5 in a large network: 1/{factor:.0f} of the memory of backpropagation at {own:.2f} of "
-            f"its time; with stages kept {stages:.2f} of its time."
-        )
-    exact = results.of("tolerance")
-    exact = exact[exact["contender"] == SYMPLECTIC]
-    if len(exact):
-        yield f"At every tolerance the error of `symplectic` is at most {exact['gradient_error'].max():.0e}."
+def _gains(shown: pd.DataFrame) -> Iterable[str]:
+    """What `symplectic` makes of the upstream adjoint's time."""
+    seconds = shown.pivot(index="title", columns="contender", values="seconds").reindex(shown["title"].unique())
+    if {"adjoint", "symplectic"} <= set(seconds):
+        ratios = (seconds["adjoint"] / seconds["symplectic"]).dropna().map("1/{:.1f}".format)
+        found = "; ".join(f"{title}: {ratio}" for title, ratio in ratios.items())
+        yield f"Time of `symplectic` over that of the upstream adjoint: {found}."
 
 
 def _losses(shown: pd.DataFrame) -> Iterable[str]:
@@ -167,11 +149,6 @@ def _losses(shown: pd.DataFrame) -> Iterable[str]:
                 found.append(f"{title}: {' · '.join(map(_code, better))}")
         if found:
             yield f"{words} than every mode of this package: {'; '.join(found)}."
-
-
-def _ratio(results: Results, problem: str, case: str, quantity: str, above: str, below: str) -> float | None:
-    values = results.of(problem, case).set_index("contender")[quantity].dropna()
-    return float(values[above] / values[below]) if {above, below} <= set(values.index) else None
 
 
 def _code(contender: str) -> str:
@@ -194,37 +171,31 @@ def update(path: Path, results: Results) -> None:
 
 def draw(series: Series, frame: pd.DataFrame, path: Path) -> None:
     """A picture of the cases in ``frame``: curves along the series' axis, or dots for each case where it has none."""
-    if series.axis:
-        panels = list(frame.groupby("panel", sort=False))
-        figure, axes = grid(len(series.shows), len(panels))
-        for row, quantity in zip(axes, series.shows, strict=True):
-            for place, (panel, rows) in zip(row, panels, strict=True):
-                curves(rows, quantity, place, series.axis.label)
-                place.set_title(panel)
-                if series.axis.falling:
-                    place.invert_xaxis()
-    else:
-        cases = list(frame.groupby("case", sort=False))
-        figure, axes = grid(len(cases), len(series.shows), height=4.0)
-        for row, (case, rows) in zip(axes, cases, strict=True):
-            for place, quantity in zip(row, series.shows, strict=True):
+    by = "panel" if series.axis else "case"
+    panels = list(frame.groupby(by, sort=False))
+    figure, axes = grid(len(panels), len(series.shows), height=3.4 if series.axis else 4.0)
+    for row, (name, rows) in zip(axes, panels, strict=True):
+        for place, quantity in zip(row, series.shows, strict=True):
+            if series.axis:
+                curves(rows, quantity, place, series.axis)
+            else:
                 dots(rows, quantity, place)
-                place.set_title(case, fontsize="medium")
+            place.set_title(name, fontsize="medium")
     figure.suptitle(series.title, x=0.01, horizontalalignment="left")
-    save(figure, path, legend=series.axis is not None)
+    save(figure, path, legend=bool(series.axis))
 
 
-def overview(rows: pd.DataFrame, title: str, path: Path) -> None:
-    """Time over memory in one case, a point with its name for each contender. The best place is the lower left."""
+def overview(rows: pd.DataFrame, path: Path) -> None:
+    """Time over memory in one case, a point for each contender. The best place is the lower left."""
     figure, ((axes,),) = grid(1, 1, width=5.5, height=4.2)
-    for contender, x, y in zip(rows["contender"], values_of(rows, "peak_bytes"), rows["relative_time"], strict=True):
-        if not y > 0:
-            continue
-        colour, marker = STYLES[contender]
-        own = contender == SYMPLECTIC
-        axes.plot(x, y, color=colour, marker=marker, markersize=13 if own else 8, linestyle="none", label=contender)
+    measured = rows[rows["note"] == ""]
+    points = zip(measured["contender"], values_of(measured, "peak_bytes"), measured["relative_time"], strict=True)
+    for contender, x, y in points:
+        size = 13 if contender == "symplectic" else 8
+        axes.plot(x, y, **style_of(contender) | {"linestyle": "none", "markersize": size}, label=contender)
     axes.set_xscale("log")
     logarithmic(axes.xaxis, "peak_bytes")
+    title = "100 steps of dopri5, forward and backward"
     axes.set(xlabel=LABELS["peak_bytes"], ylabel=LABELS["relative_time"], ylim=(0, None), title=title)
     axes.grid(alpha=0.3)
     save(figure, path)

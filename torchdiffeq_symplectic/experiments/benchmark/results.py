@@ -26,16 +26,7 @@ class OtherRunError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """What figures must share to stand side by side.
-
-    Attributes:
-        device: as PyTorch names it.
-        repeats: rounds of timing.
-        seed: of parameters and data.
-        threads: of the CPU's operators.
-        processor: a CPU's architecture, or a GPU's name.
-        versions: of what was measured.
-    """
+    """What figures must share to stand side by side; the processor is a CPU's architecture, or a GPU's name."""
 
     device: str
     repeats: int
@@ -49,17 +40,12 @@ class Settings:
         """Those of this process."""
         cuda = device.type == "cuda"
         processor = torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU"
-        found = versions("zuko", "TorchDiffEqPack")
+        found = versions("torch_symplectic_adjoint", "zuko", "TorchDiffEqPack")
         return cls(str(device), repeats, seed, torch.get_num_threads(), processor, found)
 
 
 class Results:
-    """Cases that have been measured under the same settings.
-
-    Args:
-        settings: what they share.
-        frame: a row for each contender in each case: series, case, value and panel, then :func:`compare`'s columns.
-    """
+    """Cases that have been measured under the same ``settings``: in ``frame`` a row for each contender in each case."""
 
     def __init__(self, settings: Settings, frame: pd.DataFrame | None = None) -> None:
         self.settings = settings
@@ -67,11 +53,7 @@ class Results:
 
     @classmethod
     def load(cls, path: Path) -> Results:
-        """Those that :meth:`save` wrote.
-
-        Raises:
-            OtherRunError: if the file is none of this version's.
-        """
+        """Those that :meth:`save` wrote; OtherRunError if the file is none of this version's."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             frame = pd.DataFrame(content["rows"])[[*KEYS, *COLUMNS]]
@@ -81,19 +63,12 @@ class Results:
 
     @classmethod
     def resume(cls, path: Path, settings: Settings) -> Results:
-        """Those in ``path``, none if it does not exist.
-
-        Raises:
-            OtherRunError: if they were measured under other settings.
-        """
+        """Those in ``path``, if it exists; OtherRunError if they were measured under other settings."""
         if not path.exists():
             return cls(settings)
         found = cls.load(path)
-        differences = [
-            f"{field.name} was {before}, is {now}"
-            for field in dataclasses.fields(Settings)
-            if (before := getattr(found.settings, field.name)) != (now := getattr(settings, field.name))
-        ]
+        before, now = (dataclasses.asdict(one) for one in (found.settings, settings))
+        differences = [f"{name} was {before[name]}, is {now[name]}" for name in now if before[name] != now[name]]
         if differences:
             raise OtherRunError(f"{path} holds figures of another run: {'; '.join(differences)}")
         return found
@@ -112,10 +87,6 @@ class Results:
         keys = pd.DataFrame({"problem": problem, "case": case, "value": value, "panel": panel}, index=rows.index)
         new = pd.concat([keys, rows], axis=1)
         self.frame = pd.concat([others, new], ignore_index=True) if len(others) else new
-
-    def drop(self, problem: str) -> None:
-        """Forget the cases of a series."""
-        self.frame = self.frame[self.frame["problem"] != problem]
 
     def has(self, problem: str, case: str, contenders: Iterable[str]) -> bool:
         """Whether a case has been measured with all of ``contenders``."""

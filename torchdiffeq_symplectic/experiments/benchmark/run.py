@@ -12,12 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from torchdiffeq_symplectic.experiments.benchmark import report
 from torchdiffeq_symplectic.experiments.benchmark.compare import compare
-from torchdiffeq_symplectic.experiments.benchmark.contender import Contender
+from torchdiffeq_symplectic.experiments.benchmark.contenders import Contender
 from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Series
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.results import OtherRunError, Results, Settings
 
-__all__ = ["FILE", "OtherRunError", "Settings", "run"]
+__all__ = ["FILE", "run"]
 
 FILE = "benchmark.json"
 
@@ -87,8 +87,7 @@ def _results(path: Path, settings: Settings, fresh: Sequence[str]) -> Results:
         if not fresh:
             raise
         return Results(settings)
-    for name in fresh:
-        results.drop(name)
+    results.frame = results.frame[~results.frame["problem"].isin(fresh)]
     return results
 
 
@@ -103,6 +102,9 @@ def _write(results: Results, out: Path, console: Console) -> None:
     for name in results.problems:
         results.of(name).drop(columns="problem").to_csv(out / f"{name}.csv", index=False)
         report.draw(PROBLEMS[name], results.of(name), out / f"{name}.png")
+    front = results.of(*report.OVERVIEW)
+    if len(front):
+        report.overview(front, out / "overview.png")
     if results.problems:
         (out / "benchmark.md").write_text(report.report(results), encoding="utf-8")
         files = ", ".join(f"{name}.csv, {name}.png" for name in results.problems)

@@ -20,8 +20,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from torch import nn
 
-from torchdiffeq_symplectic.experiments.figures import MIB
-from torchdiffeq_symplectic.experiments.memory import peak_bytes
+from torchdiffeq_symplectic.experiments.memory import MIB, peak_bytes
 from torchdiffeq_symplectic.experiments.studies.common import Device, Study, Tell, curves, quiet
 from torchdiffeq_symplectic.experiments.studies.digits import (
     BATCH,

@@ -7,13 +7,12 @@ Trained are μ, or the masses, and the initial state. All is in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.experiments.benchmark.problem import Axis, Case, Problem, Series
+from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Problem, Series
 from torchdiffeq_symplectic.experiments.benchmark.problems.network import mean_square
 
 __all__ = ["TOLERANCE", "ThreeBodies", "VanDerPol"]
@@ -48,42 +47,30 @@ class ThreeBodies(nn.Module):
         return torch.stack([speeds, (self.masses[:, None] * apart / cubes[..., None]).sum(1)])
 
 
-def _van_der_pol() -> tuple[nn.Module, list[object], float]:
-    return VanDerPol(), [2.0, 0.0], 5.0
+PLACES = [[1.0, 0.0], [-0.6, 0.7], [-0.4, -0.8]]
+SPEEDS = [[0.1, 0.9], [-0.7, -0.5], [0.8, -0.3]]
+SYSTEMS: dict[str, tuple[type[nn.Module], list[object], float]] = {  # with the initial state and the end
+    "van der Pol": (VanDerPol, [2.0, 0.0], 5.0),
+    "three bodies": (ThreeBodies, [PLACES, SPEEDS], 2.0),
+}
 
 
-def _three_bodies() -> tuple[nn.Module, list[object], float]:
-    places = [[1.0, 0.0], [-0.6, 0.7], [-0.4, -0.8]]
-    speeds = [[0.1, 0.9], [-0.7, -0.5], [0.8, -0.3]]
-    return ThreeBodies(), [places, speeds], 2.0
-
-
-def _build(system: Callable[[], tuple[nn.Module, list[object], float]], rtol: float, seed: int) -> Problem:
+def _build(name: str, rtol: float, seed: int) -> Problem:
     del seed  # nothing is drawn
-    field, y0, end = system()
-    return Problem(
-        field,
-        torch.tensor(y0, dtype=torch.float64),
-        torch.tensor([0.0, end], dtype=torch.float64),
-        mean_square,
-        "dopri5",
-        rtol,
-        rtol / 100,
-        {"first_step": 0.01},
-    )
+    field, y0, end = SYSTEMS[name]
+    state, t = (torch.tensor(values, dtype=torch.float64) for values in (y0, [0.0, end]))
+    return Problem(field(), state, t, mean_square, "dopri5", rtol, rtol / 100, {"first_step": 0.01})
 
-
-SYSTEMS = {"van der Pol": _van_der_pol, "three bodies": _three_bodies}
 
 TOLERANCE = Series(
     "tolerance",
     "How exact is the gradient at which tolerance, and what does that cost?",
     tuple(
-        Case(f"{name}, rtol {rtol:.0e}", partial(_build, system, rtol), rtol, name)
-        for name, system in SYSTEMS.items()
+        Case(f"{name}, rtol {rtol:.0e}", partial(_build, name, rtol), rtol, name)
+        for name in SYSTEMS
         for rtol in (1e-2, 1e-4, 1e-6, 1e-8, 1e-10)
     ),
-    Axis("rtol", falling=True),
+    axis="rtol",
     shows=("gradient_error", "relative_time"),
     budget=10_000,
 )

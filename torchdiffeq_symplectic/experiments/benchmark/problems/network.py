@@ -1,4 +1,4 @@
-"""Problems of one network: ``steps``, ``order``, ``outputs``, ``small``, ``precision``, and ``stall``.
+"""Problems of one network: ``steps``, ``order``, ``outputs``, ``small``, ``precision``, ``resnet`` and ``stall``.
 
 ``precision``: Matsubara et al. claim that the symplectic adjoint method is the most robust to rounding (section 4.3).
 
@@ -17,12 +17,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from torchdiffeq_symplectic.experiments.benchmark.problem import Axis, Case, Problem, Series, State, as_tuple
+from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Problem, Series, State, as_tuple
+from torchdiffeq_symplectic.experiments.blocks import tanh_blocks
+from torchdiffeq_symplectic.resnet import ResidualField
 
 __all__ = [
     "ORDER",
     "OUTPUTS",
     "PRECISION",
+    "RESNET",
     "SMALL",
     "STALL",
     "STEPS",
@@ -71,16 +74,7 @@ def network(
     with seeded(seed):
         field = NetworkField(*sizes)
         y0 = torch.randn(batch, sizes[0])
-    return Problem(
-        field,
-        y0,
-        t,
-        mean_square,
-        method,
-        rtol,
-        atol,
-        dict(options or {"first_step": 0.1}),
-    )
+    return Problem(field, y0, t, mean_square, method, rtol, atol, dict(options or {"first_step": 0.1}))
 
 
 def steps_of_size(size: float, adaptive: bool = True) -> dict[str, float]:
@@ -99,25 +93,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-class ConvolutionalField(nn.Module):
-    """dy/dt of ``channels`` fields on a periodic grid, shape ``(batch, channels, height, width)``."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.network = nn.Sequential(
-            nn.Conv2d(channels, hidden, 3, padding=1, padding_mode="circular"),
-            nn.ReLU(),
-            nn.Conv2d(hidden, hidden, 3, padding=1, padding_mode="circular"),
-            nn.GELU(),
-            nn.Conv2d(hidden, channels, 3, padding=1, padding_mode="circular"),
-        )
-
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
-        """The slope, in the shape of ``y``."""
-        slope: Tensor = self.network(y)
-        return slope
 
 
 def _steps(number: int, seed: int) -> Problem:
@@ -148,7 +123,9 @@ def _precision(method: str, number: int, seed: int) -> Problem:
 
 def _stall(seed: int) -> Problem:
     with seeded(seed):
-        field = ConvolutionalField(1, 64)
+        conv = partial(nn.Conv2d, kernel_size=3, padding=1, padding_mode="circular")
+        field = NetworkField()
+        field.network = nn.Sequential(conv(1, 64), nn.ReLU(), conv(64, 64), nn.GELU(), conv(64, 1))
         y0 = torch.randn(4, 1, 16, 16)
     return Problem(field, y0, torch.tensor([0.0, 1.0]), _square)
 
@@ -157,25 +134,36 @@ def _square(solution: State) -> Tensor:
     return torch.stack([part[-1].square().sum() for part in as_tuple(solution)]).sum()
 
 
+def _resnet(depth: int, seed: int) -> Problem:
+    """A residual network of tanh blocks that are smooth in depth, as the Euler scheme of its ODE."""
+    generator = torch.Generator().manual_seed(seed)
+    field = ResidualField(tanh_blocks(depth, 32, generator), residual=True).float()
+    y0 = torch.randn(256, 32, generator=generator)
+    return Problem(field, y0, torch.tensor([0.0, 1.0]), mean_square, "euler", options={"step_size": field.step_size})
+
+
+# At each evaluation it works on the gradients of all blocks, and the record of its allocations fills the memory.
+QUADRATIC = {"adjoint": "takes time quadratic in the number of blocks"}
+
 STEPS = Series(
     "steps",
     "What do more steps cost?",
     tuple(Case(f"{number} steps", partial(_steps, number), number) for number in (10, 30, 100, 300, 1000)),
-    Axis("steps N"),
+    axis="steps N",
     shows=("peak_bytes", "relative_time"),
 )
 ORDER = Series(
     "order",
     "What do more stages cost?",
     tuple(Case(method, partial(_order, method), stages) for method, (stages, _) in METHODS.items()),
-    Axis("evaluations per step (heun2, bosh3, dopri5, dopri8)"),
+    axis="evaluations per step (heun2, bosh3, dopri5, dopri8)",
     shows=("peak_bytes", "relative_time"),
 )
 OUTPUTS = Series(
     "outputs",
     "What do more output times cost?",
     tuple(Case(f"{number} outputs", partial(_outputs, number), number) for number in (2, 5, 20, 100, 500)),
-    Axis("output times"),
+    axis="output times",
     shows=("relative_time", "peak_bytes"),
 )
 SMALL = Series(
@@ -189,7 +177,7 @@ PRECISION = Series(
         for method, numbers in {"rk4": (10, 30, 100, 300, 1000), "dopri5": (10, 30, 100, 300)}.items()
         for number in numbers
     ),
-    Axis("steps N"),
+    axis="steps N",
     shows=("gradient_error",),
     rounding=True,
 )
@@ -198,4 +186,13 @@ STALL = Series(
     "Does backward come to an end with the default tolerances in float32?",
     (Case("convolutions, torchdiffeq's defaults", _stall),),
     budget=2000,
+)
+RESNET = Series(
+    "resnet",
+    "What do more blocks of a residual network cost?",
+    tuple(
+        Case(f"{depth} blocks", partial(_resnet, depth), depth, without=QUADRATIC if depth > 256 else {})
+        for depth in (16, 64, 256, 1024)
+    ),
+    axis="depth N [blocks]",
 )
