@@ -174,8 +174,7 @@ class Recording:
     def _serve(self, state: Sequence[Tensor]) -> bool:
         """Whether rows of the solution can stand for the parts of ``state``: they lie in memory as these do."""
         return all(
-            part.is_contiguous() and part.dtype == first.dtype
-            for part, first in zip(state, self.initial, strict=False)
+            part.is_contiguous() and part.dtype == first.dtype for part, first in zip(state, self.initial, strict=False)
         )
 
     def _is_row(self, entry: Entry) -> bool:
