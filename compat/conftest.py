@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
+from harness import MODES, arguments_of
 from sampling import pytest_collection_modifyitems  # noqa: F401 (a hook)
 from torch import Tensor, nn
 from torchdiffeq._impl.odeint import SOLVERS
@@ -22,13 +23,6 @@ import torchdiffeq_symplectic
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of subprocesses
-
-MODES: dict[str, dict[str, Any]] = {
-    "symplectic": {"adjoint_method": "symplectic"},
-    "stages": {"adjoint_method": "symplectic", "adjoint_options": {"checkpoint": "stages"}},
-    "aca": {"adjoint_method": "aca"},
-    "baseline": {"adjoint_method": "baseline"},
-}
 
 
 def _version_of(distribution: str) -> str:
@@ -51,10 +45,10 @@ def pytest_report_header() -> str:
     return "compat: " + ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-@pytest.fixture(params=list(MODES.values()), ids=list(MODES))
+@pytest.fixture(params=list(MODES))
 def mode(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The arguments that choose a gradient mode; a new dictionary each time."""
-    return {name: dict(value) if isinstance(value, dict) else value for name, value in request.param.items()}
+    return arguments_of(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -21,19 +21,12 @@ from torch import Tensor, nn
 
 from torchdiffeq_symplectic import use
 
-MODES = ("symplectic", "aca", "baseline")
-SWITCHES: dict[str, Callable[[], use]] = {
-    "symplectic": lambda: use("symplectic"),
-    "stages": lambda: use("symplectic", checkpoint="stages"),
-    "aca": lambda: use("aca"),
-    "baseline": lambda: use("baseline"),
-}
 STEPS = 3
 
 
-@pytest.fixture(params=list(SWITCHES))
-def switch(request: pytest.FixtureRequest) -> use:
-    return SWITCHES[request.param]()
+@pytest.fixture
+def switch(mode: dict[str, Any]) -> use:
+    return use(mode["adjoint_method"], **mode.get("adjoint_options", {}))
 
 
 def package(name: str) -> Any:
@@ -132,27 +125,6 @@ def test_torchcde(interpolation: str, adjoint: bool, switch: use, assert_agree: 
     assert_agree(gradients(loss, [data, *wanted]), expected)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_torchcde_by_arguments(mode: str, assert_agree: Callable[..., None]) -> None:
-    torchcde = package("torchcde")
-    field = ControlledField()
-    z0 = torch.randn(4, 3, dtype=torch.float64).requires_grad_()
-
-    def loss_of(**how: Any) -> tuple[Tensor, Tensor]:
-        data, coefficients, path = controlled_path(torchcde, "cubic")
-        if "adjoint_method" in how:
-            how["adjoint_params"] = (*field.parameters(), coefficients)
-        arguments = {"method": "rk4", "options": {"step_size": 0.5}, **how}
-        solution = torchcde.cdeint(X=path, func=field, z0=z0, t=path.interval, **arguments)
-        return solution[:, -1].square().sum(), data
-
-    wanted = [z0, *field.parameters()]
-    truth, data = loss_of(adjoint=False)
-    expected = gradients(truth, [data, *wanted])
-    loss, data = loss_of(adjoint_method=mode)
-    assert_agree(gradients(loss, [data, *wanted]), expected)
-
-
 # stribor: odeint_adjoint with a tuple as state and options of its own, no argument for the adjoint.
 
 
@@ -191,17 +163,6 @@ def convolutional(solver: dict[str, Any], use_adjoint: bool = True) -> Any:
 def test_neuralpde(switch: use, assert_agree: Callable[..., None]) -> None:
     model = convolutional({"method": "dopri5", **FIRST_STEP})
     train_and_compare(model, field_loss, field_loss_by_backprop, switch, assert_agree)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_neuralpde_by_arguments(mode: str, assert_agree: Callable[..., None]) -> None:
-    model = convolutional({"method": "dopri5", **FIRST_STEP, "adjoint_method": mode})
-
-    def truth_of(model: Any) -> Tensor:
-        del model.solver["adjoint_method"]
-        return field_loss_by_backprop(model)
-
-    train_and_compare(model, field_loss, truth_of, use(None), assert_agree)
 
 
 def field_loss(model: Any) -> Tensor:

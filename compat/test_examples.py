@@ -19,6 +19,7 @@ SMALL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_an_example_saves_memory_at_the_same_loss(name: str) -> None:
     for module in ("sklearn", *(("torchdyn", "pytorch_lightning") if "lightning" in name else ())):

@@ -12,7 +12,6 @@ from matrix import COLUMNS, Row, Versions
 
 pytest.importorskip("pandas", reason='needs the extra "cli"')
 
-from torchdiffeq_symplectic.experiments.check import variants
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf8")
@@ -81,10 +80,6 @@ def test_lowest_versions_that_are_run_are_those_of_the_project_file() -> None:
         assert matrix.lowest(name, PROJECT) == min(versions, key=lambda version: [*map(int, version.split("."))])
 
 
-def test_columns_are_the_modes_as_check_names_them() -> None:
-    assert [variant.name for variant in variants()] == list(dict.fromkeys(matrix.MODES.values()))
-
-
 # Where a test counts.
 
 
@@ -111,7 +106,7 @@ def test_modes_are_whole_parts_of_parameters(name: str, column: str) -> None:
 @pytest.mark.parametrize(
     ("file", "name"),
     [
-        ("compat.test_torchdyn_unchanged", "test_outcome[symplectic]"),
+        ("compat.test_unchanged", "test_outcome[symplectic]"),
         ("compat.test_torch_seams", "test_nodes"),
         ("compat.test_torch_seams.TestNodes", "test_all"),
         ("", "compat.test_torch_seams"),
@@ -157,12 +152,6 @@ def test_what_the_check_found(folder: Path) -> None:
 def test_other_versions_than_planned_are_no_result(plan: Versions, folder: Path) -> None:
     with pytest.raises(ValueError, match="planned were"):
         matrix.rows_of(plan, folder)
-
-
-def test_rows_survive_the_csv(folder: Path, tmp_path: Path) -> None:
-    rows = matrix.collect(folder.parent, [PLAN, Versions("2.4", "0.2.4", "1.0.6")])
-    matrix.write_csv(tmp_path / "made.csv", rows)
-    assert matrix.read_csv(tmp_path / "made.csv") == rows
 
 
 # The table.

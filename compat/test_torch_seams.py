@@ -5,13 +5,12 @@ Each failure says what a new torch does otherwise; the comment beside each group
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from torchdiffeq_symplectic import engine
@@ -56,36 +55,6 @@ def test_products_are_those_of_autograd_grad(dtype: torch.dtype, behind: bool, m
     assert leaf.grad is None, "the engine accumulates into .grad"
 
 
-def test_products_are_constants_where_gradients_are_enabled() -> None:
-    x = torch.ones(3, requires_grad=True)
-    with torch.enable_grad():
-        (product,) = vector_jacobian_products((x.pow(3),), (x,), (torch.ones(3),))
-    assert product is not None
-    assert not product.requires_grad
-
-
-def test_products_within_a_backward_pass() -> None:
-    class Inner(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-            ctx.save_for_backward(x)
-            return x**3
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *cotangents: Tensor) -> Tensor:
-            (x,) = ctx.saved_tensors  # type: ignore[attr-defined]
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                (product,) = vector_jacobian_products((leaf**3,), (leaf,), (cotangents[0],))
-            assert product is not None
-            return product
-
-    x = torch.tensor([2.0, -3.0], requires_grad=True)
-    Inner.apply(x).sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, 3 * x.detach() ** 2)
-
-
 # field.py: walking the graph.
 
 
@@ -114,108 +83,7 @@ def test_gradient_edges_are_the_nodes_of_the_graph() -> None:
 # check.py, field.py, modes/_adjoint.py: functions on lists of tensors.
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_foreach_functions_compute_what_they_say(dtype: torch.dtype) -> None:
-    first = [torch.randn(shape, dtype=dtype) for shape in ((3, 2), (4,), ())]
-    second = [torch.randn_like(tensor) for tensor in first]
-    norms = torch._foreach_norm(first, torch.inf)
-    assert all(torch.allclose(norm, tensor.abs().max()) for norm, tensor in zip(norms, first, strict=True))
-    sums = [one + other for one, other in zip(first, second, strict=True)]
-    torch._foreach_add_(first, second)
-    assert all(torch.equal(one, other) for one, other in zip(first, sums, strict=True))
-    torch._foreach_copy_(first, second)
-    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
-
-
 def test_foreach_norm_keeps_what_is_not_finite() -> None:
     nan, inf = torch._foreach_norm([torch.tensor([1.0, torch.nan]), torch.tensor([-torch.inf, 2.0])], torch.inf)
     assert torch.isnan(nan), "the check of the replay would miss a state that became nan"
     assert torch.isinf(inf)
-
-
-# replay.py: autocast, and what modules hold.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_state_of_autocast_is_read_by_device(dtype: torch.dtype) -> None:
-    assert not torch.is_autocast_enabled("cpu")
-    with torch.autocast("cpu", dtype=dtype):
-        assert torch.is_autocast_enabled("cpu")
-        assert torch.get_autocast_dtype("cpu") == dtype
-        with torch.autocast("cpu", enabled=False):
-            assert not torch.is_autocast_enabled("cpu")
-
-
-def test_clearing_the_cache_of_autocast_brings_graphs_back() -> None:
-    weight = torch.ones(2, 2, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        with torch.no_grad():
-            torch.ones(2, 2) @ weight
-        torch.clear_autocast_cache()
-        assert (torch.ones(2, 2) @ weight).requires_grad
-
-
-def test_batch_statistics_and_flags_are_where_they_are_looked_for() -> None:
-    norm = nn.BatchNorm1d(3)
-    assert set(norm._buffers) == {"running_mean", "running_var", "num_batches_tracked"}
-    counter: Any = norm.num_batches_tracked
-    version = counter._version
-    norm(torch.randn(4, 3))
-    assert counter._version != version
-    assert norm.training is True
-
-
-# gradient.py: what one autograd function may do.
-
-
-def test_saved_tensors_beyond_inputs_are_freed_by_backward_and_offloaded_by_hooks() -> None:
-    packed: list[Tensor] = []
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, box: list[Tensor]) -> Tensor:
-            ctx.save_for_backward(x, *box)
-            return box[0] * 1
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *cotangents: Tensor) -> tuple[Tensor, None]:
-            return cotangents[0] * ctx.saved_tensors[1], None  # type: ignore[attr-defined]
-
-    def pack(tensor: Tensor) -> Tensor:
-        packed.append(tensor)
-        return tensor
-
-    x, extra = torch.ones(2, requires_grad=True), torch.tensor([3.0, 4.0])
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = Function.apply(x, [extra])
-    assert [tensor.data_ptr() for tensor in packed] == [x.data_ptr(), extra.data_ptr()]
-    y.sum().backward()
-    assert x.grad is not None
-    assert torch.equal(x.grad, extra)
-    with pytest.raises(RuntimeError, match="second time"):
-        y.sum().backward()
-
-
-def test_backward_knows_whether_its_own_graph_is_wanted() -> None:
-    seen: list[bool] = []
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
-            return x * 1
-
-        @staticmethod
-        def backward(ctx: torch.autograd.function.FunctionCtx, *cotangents: Tensor) -> Tensor:
-            seen.append(torch.is_grad_enabled())
-            return cotangents[0]
-
-    x = torch.ones(2, requires_grad=True)
-    for create_graph in (False, True):
-        torch.autograd.grad(Function.apply(x).sum(), x, create_graph=create_graph)
-    assert seen == [False, True], "torch.is_grad_enabled() in backward no longer tells of create_graph"
-
-
-def test_data_parallel_marks_its_replicas() -> None:
-    replica: Any = nn.Linear(1, 1)._replicate_for_data_parallel()
-    assert replica._is_replica is True
-    assert "weight" not in inspect.getattr_static(replica, "_parameters")

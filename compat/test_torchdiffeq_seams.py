@@ -1,14 +1,14 @@
 """What the adapter takes for granted of torchdiffeq's entry: the call, its normalised arguments, the field's wrappers.
 
 Each failure says what a new torchdiffeq does otherwise; where that is used stands in
-``torchdiffeq_symplectic/hosts/torchdiffeq/_host.py``. ``test_torchdiffeq_solver_seams.py`` has the solvers' own seams.
+``torchdiffeq_symplectic/hosts/torchdiffeq/_host.py``.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -20,10 +20,8 @@ from torchdiffeq._impl import adjoint, misc
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts import torchdiffeq as adapter
-from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, RKAdaptiveStepsizeODESolver
+from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
-
-Replicate = Callable[[nn.Module, dict[nn.Parameter, Tensor]], nn.Module]
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 Y0 = torch.tensor([[0.2, -1.0, 0.5], [1.5, 0.1, -0.7]], dtype=torch.float64)
@@ -128,30 +126,6 @@ def test_odeint_adjoint_looks_its_autograd_function_up_at_each_call(
     assert seen[0][len(names) :] == tuple(func.parameters()), "adjoint parameters no longer follow the other arguments"
 
 
-def test_check_of_options_comes_before_the_autograd_function(upstream: Callable[..., Any]) -> None:
-    # Documented: a name imported before this package keeps upstream's check.
-    with pytest.raises(ValueError, match="adjoint_options"):
-        upstream(Field(), Y0, T, method="rk4", options={}, adjoint_method="symplectic")
-    upstream(Field(), Y0, T, method="rk4", options={}, adjoint_method="symplectic", adjoint_options={})
-
-
-# The parameters that are found in a module.
-
-
-def test_find_parameters_takes_a_module_and_gives_all_its_parameters() -> None:
-    func = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2, bias=False))
-    func[0].weight.requires_grad_(False)
-    assert list(map(id, adjoint.find_parameters(func))) == list(map(id, func.parameters()))
-
-
-def test_find_parameters_finds_those_of_a_replica(replica_of: Replicate) -> None:
-    # In nn.DataParallel's replicas, parameters are attributes, results of other operations.
-    func = nn.Sequential(nn.Linear(2, 3), nn.Tanh())
-    copies = [parameter.clone() for parameter in func.parameters()]
-    replica = replica_of(func, dict(zip(func.parameters(), copies, strict=True)))
-    assert list(map(id, adjoint.find_parameters(replica))) == list(map(id, copies))
-
-
 # The normalised arguments.
 
 
@@ -190,44 +164,6 @@ def test_field_is_wrapped_in_known_modules_with_base_func(y0: Any, t: Tensor, wr
         found.append(type(func))
         func = func.base_func
     assert found == wrappers, "the field is wrapped in something else: Call.given must look through it"
-
-
-def test_decreasing_times_are_negated_with_what_belongs_to_them() -> None:
-    def grid(func: Any, y0: Tensor, t: Tensor) -> Tensor:
-        assert torch.equal(t, T.flip(0)), "the user's grid constructor no longer sees his own times"
-        return torch.cat([t, t[-1:]])
-
-    inner = torch.tensor([0.7, 0.2], dtype=torch.float64, requires_grad=True)
-    options = {"step_t": inner, "jump_t": 0.5 * inner, "grid_constructor": grid}
-    _, func, _, t, _, _, _, options, _, decreasing = check(Field(), Y0, T.flip(0), **options)
-    assert decreasing is True
-    assert torch.equal(t, -T.flip(0))
-    assert torch.equal(options["step_t"], -inner)
-    assert options["step_t"].requires_grad, "normalised step_t is no longer part of the user's graph"
-    assert torch.equal(options["jump_t"], -0.5 * inner)
-    assert torch.equal(options["grid_constructor"](func, Y0, t)[:-1], t)
-
-
-def test_event_function_is_wrapped_to_take_what_the_solver_has() -> None:
-    result = misc._check_inputs(
-        TupleField(), (Y0, Y0[:, 0]), T[:2], 1e-7, 1e-9, None, None, lambda t, y: y[0].sum() - t, SOLVERS
-    )
-    assert result[8](T[0], result[2]).ndim == 0
-
-
-@pytest.mark.usefixtures("needs_callbacks")
-def test_callbacks_are_attributes_of_the_wrapped_field() -> None:
-    func = check(Field(), Y0, T)[1]
-    for name in ("callback_step", "callback_accept_step", "callback_reject_step"):
-        assert callable(getattr(func, name)), "callbacks are no longer reached through the field: Timed hides them"
-
-
-def test_flat_to_shape_undoes_the_flattening() -> None:
-    shapes = [torch.Size([2, 3]), torch.Size([]), torch.Size([0, 4]), torch.Size([2])]
-    flat = torch.arange(18.0).reshape(2, 9)
-    parts = misc._flat_to_shape(flat, (2,), shapes)
-    assert [part.shape for part in parts] == [torch.Size([2, *shape]) for shape in shapes]
-    assert torch.equal(torch.cat([part.reshape(2, -1) for part in parts], dim=1), flat)
 
 
 # The wrappers' arithmetic.
@@ -269,13 +205,6 @@ def test_times_are_those_of_the_wrapper_bit_for_bit(
         assert same, "_PerturbFunc moves times otherwise: Timed must follow"
 
 
-@pytest.mark.parametrize("name", ["base_func", "callback_step"])
-@pytest.mark.usefixtures("needs_callbacks")
-def test_timed_shows_the_attributes_of_the_wrapper(name: str) -> None:
-    wrapper = check(Field(), Y0, T)[1]
-    assert getattr(Timed(wrapper.base_func, wrapper), name) is getattr(wrapper, name)
-
-
 # The table of methods.
 
 
@@ -290,52 +219,3 @@ def test_solvers_are_one_table_looked_up_at_each_call(monkeypatch: pytest.Monkey
     assert torch.equal(
         torchdiffeq.odeint(Field(), Y0, T, method="mine"), torchdiffeq.odeint(Field(), Y0, T, method="rk4")
     )
-
-
-def test_odeint_asks_the_table_at_each_call_and_solves_by_what_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name of odeint that was imported earlier looks up the same global, so it is reached, too."""
-    asked: list[tuple[Any, ...]] = []
-
-    class Solver:
-        @classmethod
-        def valid_callbacks(cls) -> set[str]:
-            return set()
-
-        def __init__(self, **arguments: Any) -> None:
-            asked.append(tuple(sorted(arguments)))
-
-        def integrate(self, t: Tensor) -> Tensor:
-            return torch.full((len(t), *Y0.shape), 5.0, dtype=Y0.dtype)
-
-    class Watching(dict[str, Any]):
-        def __getitem__(self, method: str) -> Any:
-            return Solver
-
-    monkeypatch.setattr(sys.modules["torchdiffeq._impl.odeint"], "SOLVERS", Watching(rk4=None))
-    solution = torchdiffeq.odeint(Field(), Y0, T, method="rk4", options={"step_size": 0.1})
-    assert torch.equal(solution, torch.full((len(T), *Y0.shape), 5.0, dtype=Y0.dtype))
-    assert asked == [("atol", "func", "norm", "rtol", "step_size", "y0")]
-
-
-@pytest.mark.parametrize("method", sorted(SOLVERS))
-def test_every_method_is_of_a_known_family_or_refused(method: str) -> None:
-    """A method that a release adds must be exact or refused before it starts, without a line about it here."""
-    settings: dict[str, Any] = {"method": method, "rtol": 1e-4, "atol": 1e-4}
-    if issubclass(SOLVERS[method], RKAdaptiveStepsizeODESolver):
-        settings["options"] = {"first_step": 0.05}
-    field, y0 = Field(), Y0.clone().requires_grad_()
-    inputs = [y0, *field.parameters()]
-    try:
-        found = torchdiffeq.odeint_adjoint(field, y0, T, adjoint_method="aca", **settings)
-    except NotImplementedError:
-        with pytest.raises(NotImplementedError, match=f'method="{method}".*adjoint_method="aca"'):
-            torchdiffeq.odeint_adjoint(field, y0, T, adjoint_method="aca", **settings)
-        return
-    expected = torchdiffeq.odeint(field, y0, T, **settings)
-    assert torch.equal(found, expected)
-    for one, other in zip(
-        torch.autograd.grad(found.pow(3).sum(), inputs),
-        torch.autograd.grad(expected.pow(3).sum(), inputs),
-        strict=True,
-    ):
-        assert (one - other).norm() < 1e-11 * other.norm()

@@ -1,8 +1,7 @@
 """Programs such as torchdyn's tutorials, trained in each mode as by ``sensitivity="autograd"``.
 
 A program is whole: data, a ``Sequential`` with a ``NeuralODE`` in it, loss and optimiser. What is compared is what a
-user sees: the losses of a training, bit for bit at its first step, and the parameters at each; then how far torchdyn's
-adjoint and the approximate mode are from them, and whether a longer training succeeds.
+user sees: the losses of a training, bit for bit at its first step, and the parameters at each.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from torchdyn.datasets import ToyDataset
 from torchdyn.models import CNF
 from torchdyn.models.cnf import autograd_trace, hutch_trace
 from torchdyn.nn import Augmenter, DepthCat
-from torchdyn_training import Build, Training, assert_same_training, built, train
+from torchdyn_training import Build, assert_same_training, built
 
 # Upstream says so to everyone whose tolerances are not odeint's defaults, its own adjoint among them.
 pytestmark = [
@@ -61,7 +60,6 @@ class Program:
         front, field, head: what comes before the solve, its vector field, and what comes after it.
         loss: of what the head makes of a batch of moons.
         order: of the differential equation.
-        part: of the first loss, that the loss falls below in 40 steps of training.
     """
 
     front: Callable[[], nn.Module]
@@ -69,7 +67,6 @@ class Program:
     head: Callable[[], nn.Module]
     loss: Callable[[Tensor], Tensor]
     order: int = 1
-    part: float = 0.5
 
     def building(self, solver: str) -> Build:
         """The model as a function of the sensitivity."""
@@ -87,15 +84,6 @@ class Program:
 
     def loss_of(self, model: nn.Module, step: int) -> Tensor:
         return self.loss(model(moons()[0]))
-
-    def loss_on(self, times: Tensor) -> Callable[[Any, int], Tensor]:
-        """On a grid of times, of which only the last state is kept."""
-
-        def loss_of(model: nn.Sequential, step: int) -> Tensor:
-            front, node, last, head = model
-            return self.loss(head(last(node(front(moons()[0]), times, save_at=times[-1:]))))
-
-        return loss_of
 
 
 def classification(logits: Tensor) -> Tensor:
@@ -121,14 +109,13 @@ def flow(trace: Callable[[], dict[str, Any]]) -> Program:
         lambda: CNF(nn.Sequential(nn.Linear(2, 16), nn.Softplus(), nn.Linear(16, 2)), **trace()),
         nn.Identity,
         negative_log_likelihood,
-        part=0.85,  # the entropy of the data is a bound
     )
 
 
 PROGRAMS: dict[str, Program] = {
-    "classifier": Program(nn.Identity, lambda: mlp(2, 2), nn.Identity, classification, part=0.6),
+    "classifier": Program(nn.Identity, lambda: mlp(2, 2), nn.Identity, classification),
     "augmented classifier": Program(
-        lambda: Augmenter(1, 2), lambda: mlp(4, 4), lambda: nn.Linear(4, 2), classification, part=0.6
+        lambda: Augmenter(1, 2), lambda: mlp(4, 4), lambda: nn.Linear(4, 2), classification
     ),
     "second order": Program(
         lambda: Augmenter(1, augment_func=nn.Linear(2, 2)),
@@ -136,21 +123,11 @@ PROGRAMS: dict[str, Program] = {
         lambda: nn.Linear(4, 2),
         classification,
         order=2,
-        part=0.4,
     ),
     "flow, exact trace": flow(lambda: {"trace_estimator": autograd_trace}),
     "flow, Hutchinson's trace": flow(lambda: {"trace_estimator": hutch_trace, "noise_dist": standard_normal()}),
 }
 each_program = pytest.mark.parametrize("program", PROGRAMS)
-
-
-def relative_error(found: Training, truth: Training) -> float:
-    """Of the whole gradient of the first loss."""
-    one, other = (
-        torch.cat([gradient.flatten() for gradient in training.gradients[0].values() if gradient is not None])
-        for training in (found, truth)
-    )
-    return float((one - other).norm() / other.norm())
 
 
 @pytest.mark.parametrize("solver", ["rk4", "dopri5"])
@@ -161,30 +138,3 @@ def test_trained_as_by_backpropagation(mode: str, program: str, solver: str) -> 
     assert not is_replayed(loss(built(build, "autograd"), 0))
     model = assert_same_training(build, loss, mode, steps=4)
     assert is_replayed(loss(model, 0))
-
-
-@each_program
-def test_trained_nearly_as_by_torchdyns_adjoint(program: str) -> None:
-    """As near as tolerances bring a second solve to the first one's gradient."""
-    build, loss = PROGRAMS[program].building("dopri5"), PROGRAMS[program].loss_of
-    found, expected = (train(built(build, name), loss) for name in ("symplectic", "adjoint"))
-    assert torch.equal(found.losses[0], expected.losses[0])
-    assert torch.allclose(torch.stack(found.losses), torch.stack(expected.losses), rtol=1e-4)
-    assert 0 < relative_error(found, expected) < 1e-5
-
-
-@each_program
-def test_memory_free_trains_as_backpropagation(program: str) -> None:
-    build, loss = PROGRAMS[program].building("euler"), PROGRAMS[program].loss_on(torch.linspace(0, 1, 21))
-    found, truth = (train(built(build, name), loss, 3) for name in ("memory_free", "autograd"))
-    assert torch.equal(found.losses[0], truth.losses[0])
-    assert relative_error(found, truth) < 1e-4
-
-
-@pytest.mark.slow
-@each_program
-def test_training_succeeds(program: str) -> None:
-    losses = train(
-        built(PROGRAMS[program].building("dopri5"), "symplectic"), PROGRAMS[program].loss_of, steps=40
-    ).losses
-    assert torch.stack(losses[-5:]).mean() < PROGRAMS[program].part * losses[0]

@@ -1,11 +1,12 @@
 """What the adapter takes for granted of torchdyn's problems and models: names, attributes, dispatch, the field.
 
 Each failure says what a new torchdyn does otherwise; where that is used stands in
-``torchdiffeq_symplectic/hosts/torchdyn/_host.py``. ``test_torchdyn_solver_seams.py`` has the seams of its solve.
+``torchdiffeq_symplectic/hosts/torchdyn/_host.py``.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -21,8 +22,7 @@ import torchdyn.models
 import torchdyn.nn
 import torchdyn.numerics
 from torch import Tensor, nn
-from torchdyn.core.defunc import DEFunc
-from torchdyn.core.problems import standardize_vf_call_signature
+from torchdyn.numerics.solvers.ode import SOLVER_DICT
 
 import torchdiffeq_symplectic
 from torchdiffeq_symplectic.hosts.torchdyn import _problems, _solving
@@ -167,11 +167,6 @@ def test_sensitivity_is_assigned_before_sensalg_and_vf(cls: Any, monkeypatch: py
     assert seen == [set()], "the constructor assigns sensitivity later or more often: _Sensitivity.__set__ must know"
 
 
-def test_the_field_of_a_neural_ode_knows_the_sensitivity_too() -> None:
-    assert NeuralODE(Field(), "euler", sensitivity="adjoint").vf.sensitivity == "adjoint"
-    assert not hasattr(ODEProblem(Field(), "euler", sensitivity="adjoint").vf, "sensitivity")
-
-
 def test_solver_adjoint_that_is_a_name_becomes_a_module() -> None:
     model = ODEProblem(Field(), "euler", solver_adjoint="rk4")
     assert "solver_adjoint" in model._modules, "solver_adjoint is no longer a submodule: _init need not delete it first"
@@ -219,70 +214,6 @@ def test_a_neural_ode_prepares_state_and_times_before_each_solve() -> None:
     assert model._prep_integration(X, None)[1] is T
 
 
-def test_a_trajectory_is_prepared_and_neither_interpolated_nor_saved_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[inspect.BoundArguments] = []
-    prepared: list[Any] = []
-    model = NeuralODE(Field(), "dopri5", atol=0.25, rtol=0.5, interpolator="4th", sensitivity="adjoint")
-
-    def instead(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        seen.append(inspect.signature(odeint).bind(*args, **kwargs))
-        return T, X
-
-    def prepare(x: Tensor, t_span: Tensor) -> tuple[Tensor, Tensor]:
-        prepared.append((x, t_span))
-        return X, T
-
-    monkeypatch.setattr(torchdyn.core.neuralde, "odeint", instead)
-    monkeypatch.setattr(model, "_prep_integration", prepare)
-    solution = model.trajectory(2 * X, 2 * T)
-    assert solution is X, "trajectory returns something else than the solution"
-    assert len(prepared) == 1
-    (call,) = seen
-    given = call.arguments
-    assert (given["f"], given["x"], given["t_span"]) == (model.vf, X, T)
-    assert (given["solver"], given["atol"], given["rtol"]) == (model.solver, 0.25, 0.5)
-    assert set(given) == {"f", "x", "t_span", "solver", "atol", "rtol"}, "trajectory solves with more: Call must follow"
-
-
-# The field.
-
-
-@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint", "interpolated_adjoint", "symplectic", None])
-def test_a_field_carries_the_loss_in_its_first_column_in_autograd_alone(sensitivity: str | None) -> None:
-    def loss(t: Tensor, x: Tensor) -> Tensor:
-        return x.square().sum(1)
-
-    field = Field()
-    defunc = DEFunc(field)
-    assert (defunc.integral_loss, defunc.sensitivity) == (None, None)
-    defunc.integral_loss, defunc.sensitivity = loss, sensitivity
-    if sensitivity == "autograd":
-        state = torch.cat([torch.ones(2, 1), X], 1)
-        # There DEFunc calls its field with time and state alone.
-        expected = torch.cat([loss(T[1], X)[:, None], field(T[1], X)], 1)
-        assert torch.equal(defunc(T[1], state), expected), "the running cost is no longer the slope of the first column"
-    else:
-        assert torch.equal(defunc(T[1], X), field(T[1], X)), "the first column is the loss in other sensitivities, too"
-
-
-def test_the_adjoint_adds_the_sum_of_the_running_cost() -> None:
-    """Its meaning of an integral loss, which the modes have: added to the loss, with the sum over the batch."""
-
-    def loss(t: Tensor, x: Tensor) -> Tensor:
-        return x[:, :2]
-
-    x = torch.zeros(2, 3, requires_grad=True)
-    field = standardize_vf_call_signature(lambda t, x, args=None: 0 * x + 0 * t)  # so that x stays where it is
-    problem = ODEProblem(field, "rk4", sensitivity="adjoint", integral_loss=loss)
-    problem.atol_adjoint = problem.rtol_adjoint = 1e-3  # the defaults of odeint, of which it says nothing
-    problem.atol = problem.rtol = 1e-3
-    _, solution = problem(x, 2 * T)
-    assert solution.shape == (3, 2, 3), "the solution has a column for the loss"
-    (gradient,) = torch.autograd.grad(0.0 * solution.sum(), x)
-    expected = torch.tensor([2.0, 2.0, 0.0]).expand(2, 3)
-    assert torch.allclose(gradient, expected), "the integral of the loss is no longer added as the sum over the batch"
-
-
 # The functional odeint, and what a choice must not take for a need of gradients.
 
 
@@ -300,3 +231,33 @@ def test_a_field_without_parameters_is_given_one_of_a_known_name(capsys: pytest.
     model = NeuralODE(lambda t, x, args=None: -x, solver="rk4")
     assert "does not have" in capsys.readouterr().out
     assert [name for name, _ in model.vf.named_parameters()] == [_solving._DUMMY]
+
+
+# The solvers.
+
+
+def test_every_solver_of_torchdyn_is_known() -> None:
+    kinds: dict[str, set[str]] = {}
+    for name, cls in SOLVER_DICT.items():
+        kinds.setdefault(cls.__name__, set()).add(name)
+    assert set(kinds) == {
+        *("Euler", "Midpoint", "RungeKutta4", "DormandPrince45", "Tsitouras45"),  # measured
+        "AsynchronousLeapfrog",  # replayed whole
+        "ImplicitEuler",  # refused
+    }, "torchdyn has another solver: see whether it is measured, replayed whole or refused, and say so in the README"
+
+
+@pytest.mark.parametrize("name", sorted(SOLVER_DICT))
+def test_a_solver_is_a_module_that_can_be_copied_and_says_how_it_steps(name: str) -> None:
+    solver: Any = str_to_solver(name)
+    assert issubclass(type(solver), nn.Module)
+    assert solver.stepping_class in ("fixed", "adaptive")
+    assert list(solver.parameters()) == []
+    twin: Any = copy.deepcopy(solver)
+    state, t = torch.zeros(4, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    found = twin.sync_device_dtype(state, t)
+    assert found[0] is state
+    if twin.tableau is not None:
+        nodes, rows, weights, _ = twin.tableau
+        assert {part.dtype for part in (nodes, *rows, weights)} == {torch.float64}, "a tableau keeps its own dtype"
+        assert solver.tableau[0].dtype == torch.float32, "a copy shares its tableau"

@@ -1,6 +1,6 @@
 """Calls of torchdyn in its own modes, and everything that can be seen of their outcome.
 
-``test_torchdyn_unchanged.py`` runs them with this package registered, taken back, and, as a script in a process of its
+``test_unchanged.py`` runs them with this package registered, taken back, and, as a script in a process of its
 own, never imported: ``python torchdyn_upstream_calls.py FILE`` writes the outcomes to a file.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import pickle
 import sys
 import warnings
 from collections.abc import Callable
@@ -21,9 +20,9 @@ from torch.distributions import MultivariateNormal
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
 from torchdyn.models import CNF, HNN
 from torchdyn.models.cnf import hutch_trace
-from torchdyn.nn import Augmenter, DataControl, DepthCat
-from torchdyn.numerics import Euler, HyperEuler, Lorenz, VanDerPol, odeint, odeint_symplectic
-from torchdyn.numerics.solvers.ode import AsynchronousLeapfrog, RungeKutta4, str_to_solver
+from torchdyn.nn import DataControl, DepthCat
+from torchdyn.numerics import Euler, HyperEuler, Lorenz, VanDerPol, odeint
+from torchdyn.numerics.solvers.ode import RungeKutta4, str_to_solver
 
 T = torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
 SENSITIVITIES = ("autograd", "adjoint", "interpolated_adjoint")
@@ -205,35 +204,6 @@ def assigned(before: str, after: str, attribute: str) -> Callable[[], Outcome]:
     return run
 
 
-def in_sequence(sensitivity: str) -> Callable[[], Outcome]:
-    def run() -> Outcome:
-        node = functools.partial(NeuralODE, solver="rk4", sensitivity=sensitivity, return_t_eval=False)
-        x = initial()
-        return outcome_of(
-            lambda: nn.Sequential(Augmenter(1, 1), node(net(3, 3))), lambda model: [model(x.detach())], [x]
-        )
-
-    return run
-
-
-def pickled(sensitivity: str) -> Callable[[], Outcome]:
-    """As a file: its length, and the model that comes out of it."""
-
-    def run() -> Outcome:
-        x = initial()
-        sizes = []
-
-        def call(model: Any) -> Any:
-            content = pickle.dumps(model)
-            sizes.append(len(content))
-            return pickle.loads(content)(x, T)
-
-        outcome = outcome_of(lambda: NeuralODE(net(2, 2), "rk4", sensitivity=sensitivity), call, [x])
-        return {**outcome, "sizes": sizes}
-
-    return run
-
-
 def multiple_shooting(sensitivity: str, solver: str = "mszero") -> Callable[[], Outcome]:
     def run() -> Outcome:
         x, t = initial(), torch.linspace(0, 1, 8, dtype=torch.float64)
@@ -250,31 +220,6 @@ def functional(solver: Any, **settings: Any) -> Callable[[], Outcome]:
         return outcome_of(Field, lambda field: odeint(field, x, T, solver, **settings), [x])
 
     return run
-
-
-def symplectic_solver() -> Outcome:
-    def make() -> Field:
-        field = Field(1)
-        field.order = 1  # type: ignore[assignment]
-        return field
-
-    x = initial()
-    return outcome_of(make, lambda field: odeint_symplectic(field, x, T, AsynchronousLeapfrog()), [x])
-
-
-def of_dictionary() -> Outcome:
-    class Halves(nn.Module):
-        def forward(self, t: Tensor, x: dict[str, Tensor], args: Any) -> dict[str, Tensor]:
-            return {"a": x["b"] * torch.cos(t), "b": -x["a"]}
-
-    class OfHalves(Euler):  # type: ignore[misc]
-        def step(self, f: Any, x: Any, t: Any, dt: Any, k1: Any = None, args: Any = None) -> tuple[Any, ...]:
-            slopes = f(t, x, args)
-            return None, {key: x[key] + dt * slopes[key] for key in x}, None
-
-    x = initial()
-    state = {"a": x[:, :1], "b": x[:, 1:]}
-    return outcome_of(lambda: NeuralODE(Halves(), OfHalves()), lambda model: model(state, T, args={"u": 1}), [x])
 
 
 def noise() -> MultivariateNormal:
@@ -345,8 +290,6 @@ CALLS: dict[str, Callable[[], Outcome]] = {
     **{f"problem, {name}": solve(name, problem=ODEProblem) for name in SENSITIVITIES},
     **{f"trajectory, {name}": along_a_trajectory(name, grad=True) for name in SENSITIVITIES},
     **{f"trajectory without gradient, {name}": along_a_trajectory(name, grad=False) for name in SENSITIVITIES},
-    **{f"in a Sequential, {name}": in_sequence(name) for name in SENSITIVITIES},
-    **{f"pickled, {name}": pickled(name) for name in SENSITIVITIES},
     **{f"multiple shooting, {name}": multiple_shooting(name) for name in SENSITIVITIES},
     "multiple shooting, backward": multiple_shooting("autograd", "msbackward"),
     "sensitivity assigned": assigned("autograd", "adjoint", "sensitivity"),
@@ -355,8 +298,6 @@ CALLS: dict[str, Callable[[], Outcome]] = {
     "odeint, dopri5": functional("dopri5"),
     "odeint, rk4": functional("rk4", save_at=T[1:]),
     "odeint, all evaluations": functional("tsit5", return_all_eval=True),
-    "odeint_symplectic": symplectic_solver,
-    "dictionary": of_dictionary,
 }
 
 

@@ -113,9 +113,6 @@ def over(methods: Iterable[str], modes: Iterable[str] = MODES, every: int = 1) -
 
 
 each_mode = pytest.mark.parametrize("mode", MODES)
-each_method = pytest.mark.parametrize("method", METHODS)
-each_kind = pytest.mark.parametrize("method", KINDS)
-each_of_few = pytest.mark.parametrize("method", FEW)
 needs_torchdyn = pytest.mark.skipif(not HAS_TORCHDYN, reason="torchdyn is not installed")
 
 # Relative error, norm of the difference over norm, that rounding may leave.

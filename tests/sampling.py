@@ -9,7 +9,7 @@ import collections
 
 import pytest
 
-DEFAULT = 6
+DEFAULT = 4
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -54,37 +54,10 @@ def test_this_packages_modes_are_exact_in_torchdyn(name: str, changes: dict[str,
     assert error(f"torchdyn, {name}", problem(**changes)) < 1e-13
 
 
-@pytest.mark.parametrize("method", ["euler", "midpoint"])
-@pytest.mark.parametrize("name", OWN)
-def test_fixed_steps_are_torchdiffeqs(name: str, method: str) -> None:
-    chosen = problem(method=method, options={"step_size": 0.1}, t=times(0.0, 0.4, 1.3))
-    assert error(f"torchdyn, {name}", chosen) < 1e-13
-    theirs, ours = (as_tuple(chosen.solve(CONTENDERS[one].solve)) for one in (f"torchdyn, {name}", "backpropagation"))
-    for part, truth in zip(theirs, ours, strict=True):
-        torch.testing.assert_close(part, truth)
-
-
 @each_problem
 @pytest.mark.parametrize("name", ["torchdyn, adjoint", "zuko"])
 def test_adjoints_of_another_equation_are_off_by_the_tolerance(name: str, changes: dict[str, Any]) -> None:
     assert 1e-9 < error(name, problem(**changes)) < 1e-1
-
-
-@each_problem
-@pytest.mark.parametrize("name", ["TorchDiffEqPack, ACA", "TorchDiffEqPack, MALI"])
-def test_times_in_float32_are_what_is_off_in_torchdiffeqpack(name: str, changes: dict[str, Any]) -> None:
-    assert error(name, problem(**changes)) < 1e-5
-
-
-def test_torchdyns_backpropagation_also_differentiates_the_choice_of_the_first_step() -> None:
-    assert 1e-12 < error("torchdyn, autograd", problem()) < 1e-4
-
-
-def test_the_interpolated_adjoint_is_wrong_for_more_than_two_times() -> None:
-    tight = {"rtol": 1e-6, "atol": 1e-6}
-    two, three = (problem(t=t, **tight) for t in (times(0.0, 1.3), times(0.0, 0.4, 1.3)))
-    name = "torchdyn, interpolated_adjoint"
-    assert error(name, two) < 1e-3 < 0.1 < error(name, three)
 
 
 @pytest.mark.parametrize(

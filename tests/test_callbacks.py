@@ -75,17 +75,6 @@ def test_a_callback_that_the_solver_does_not_know_warns_as_upstream(mode: str) -
 
 
 @each_mode
-def test_a_callback_that_raises_stops_the_solve(mode: str) -> None:
-    def stop(t: Tensor, y: Tensor, dt: Tensor) -> None:
-        raise ArithmeticError("stop")
-
-    net = Net()
-    net.callback_step = stop  # type: ignore[assignment]
-    with pytest.raises(ArithmeticError, match="stop"):
-        solve(mode, net, initial(), times())
-
-
-@each_mode
 def test_callbacks_of_upstreams_adjoint_are_not_called(mode: str) -> None:
     net, y0 = Net(), initial()
     called: list[object] = []

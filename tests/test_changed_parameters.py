@@ -6,6 +6,7 @@ Each case is a row: it solves, changes what the field finds, gives a loss and th
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -54,30 +55,18 @@ def functional_call_of_the_field(run: Solve) -> tuple[Tensor, dict[str, Tensor]]
     return weighed(run(field, y0, tuple(params.values()))), {"y0": y0, **params}
 
 
-def state_assigned(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = Net(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
-    field.load_state_dict({name: p.detach().clone() for name, p in before.items()}, assign=True)
-    return loss, {"y0": y0, **before}
+def state_assigned(field: Net) -> None:
+    field.load_state_dict({name: p.detach().clone() for name, p in field.named_parameters()}, assign=True)
 
 
-def parameter_registered_anew(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = Net(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
+def parameter_registered_anew(field: Net) -> None:
     field.inner.weight = nn.Parameter(field.inner.weight.detach().clone())
-    return loss, {"y0": y0, **before}
 
 
-def module_replaced(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = Net(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
+def module_replaced(field: Net) -> None:
     inner = nn.Linear(3, 5, dtype=DOUBLE)
     inner.load_state_dict(field.inner.state_dict())
     field.inner = inner
-    return loss, {"y0": y0, **before}
 
 
 def parametrized() -> Net:
@@ -86,38 +75,33 @@ def parametrized() -> Net:
     return field
 
 
-def parametrization_removed(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = parametrized(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
-    parametrize.remove_parametrizations(field.inner, "weight")
-    return loss, {"y0": y0, **before}
-
-
-def parametrization_added(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = Net(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
+def parametrization_added(field: Net) -> None:
     parametrizations.weight_norm(field.inner)
-    return loss, {"y0": y0, **before}
 
 
-def frozen(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
+def parametrization_removed(field: Net) -> None:
+    parametrize.remove_parametrizations(field.inner, "weight")
+
+
+def frozen(field: Net) -> None:
     """Frozen for the next solve, as in alternating training; backpropagation's own graph does not mind."""
-    field, y0 = Net(), initial()
-    before = {name: p for name, p in field.named_parameters() if name != "inner.weight"}
-    loss = weighed(run(field, y0))
     field.inner.weight.requires_grad_(False)
-    return loss, {"y0": y0, **before}
 
 
-def data_replaced(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
-    field, y0 = Net(), initial()
-    before = dict(field.named_parameters())
-    loss = weighed(run(field, y0))
+def data_replaced(field: Net) -> None:
     for parameter in field.parameters():
         parameter.data = parameter.data.clone()
-    return loss, {"y0": y0, **before}
+
+
+def after_the_solve(change: Callable[[Net], None]) -> Case:
+    def case(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
+        field, y0 = parametrized() if change is parametrization_removed else Net(), initial()
+        before = {n: p for n, p in field.named_parameters() if change is not frozen or n != "inner.weight"}
+        loss = weighed(run(field, y0))
+        change(field)
+        return loss, {"y0": y0, **before}
+
+    return case
 
 
 def cached_weight(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
@@ -138,22 +122,25 @@ def cached_weight(run: Solve) -> tuple[Tensor, dict[str, Tensor]]:
     return loss, {"y0": y0, **wanted}
 
 
-CHANGED: list[Case] = [
-    functional_call_with_copies,
-    functional_call_with_adapted_values,
-    functional_call_of_the_field,
+CHANGES = [
     state_assigned,
     parameter_registered_anew,
     module_replaced,
-    parametrization_removed,
     parametrization_added,
+    parametrization_removed,
     frozen,
     data_replaced,
-    cached_weight,
 ]
+CHANGED: dict[str, Case] = {
+    **{change.__name__: after_the_solve(change) for change in CHANGES},
+    "functional_call_with_copies": functional_call_with_copies,
+    "functional_call_with_adapted_values": functional_call_with_adapted_values,
+    "functional_call_of_the_field": functional_call_of_the_field,
+    "cached_weight": cached_weight,
+}
 
 
-@pytest.mark.parametrize("case", CHANGED, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("case", CHANGED.values(), ids=CHANGED)
 @each_way
 def test_parameters_that_are_others_by_the_time_of_backward(way: str, case: Case) -> None:
     """Zeros for all of them, in silence."""

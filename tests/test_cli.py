@@ -89,6 +89,7 @@ def test_a_file_without_the_place_for_results_is_refused_before_anything_is_meas
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_named() -> None:
     code = (
         "import sys\nfrom torchdiffeq_symplectic.__main__ import main\n"
@@ -99,7 +100,9 @@ def test_a_missing_extra_is_named() -> None:
     assert result.stderr == 'error: typer is missing; pip install "torchdiffeq-symplectic[cli]"\n'
 
 
-@pytest.mark.parametrize("name", STUDIES)
+@pytest.mark.parametrize(
+    "name", ["depth", *(pytest.param(name, marks=pytest.mark.slow) for name in STUDIES if name != "depth")]
+)
 def test_a_study_writes_its_picture_and_its_numbers(name: str, tmp_path: Path) -> None:
     arguments, rows = STUDIES[name]
     out = tmp_path / "made" / "by it"
@@ -113,6 +116,7 @@ def test_a_study_writes_its_picture_and_its_numbers(name: str, tmp_path: Path) -
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_the_demo_learns_and_compares(tmp_path: Path) -> None:
     status, text = run("demo", "--steps", "12", "--device", "cpu", "--out", str(tmp_path))
     assert status == 0

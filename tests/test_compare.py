@@ -83,18 +83,6 @@ def test_own_modes_are_exact(name: str, changes: dict[str, Any]) -> None:
     assert rows["gradient_error"].iloc[1] < 1e-12  # in float64, whatever the problem's dtype
 
 
-def test_rounding_is_that_of_the_problems_dtype() -> None:
-    rows = compare(problem(torch.float32), [BACKPROPAGATION], repeats=1, rounding=True)
-    assert 1e-9 < rows["gradient_error"].iloc[0] < 1e-4
-
-
-def test_a_tighter_adjoint_is_more_exact() -> None:
-    chosen = [CONTENDERS[name] for name in ("backpropagation", "adjoint", "adjoint, tight")]
-    rows = compare(problem(), chosen, repeats=1)
-    assert 1e-8 < rows["gradient_error"].iloc[1] < 1e-1
-    assert rows["backward_evaluations"].iloc[2] > rows["backward_evaluations"].iloc[1]
-
-
 def test_who_does_not_solve_or_fails_or_does_not_end_is_noted() -> None:
     def failing(*arguments: Any, **settings: Any) -> Any:
         raise ValueError("a number was not to its liking\nand more")

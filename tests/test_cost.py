@@ -6,7 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BACKPROPAGATION, METHODS, Net, count, each_mode, initial, loss_of, over, solve, times
+from harness import (
+    BACKPROPAGATION,
+    HAS_TORCHDYN,
+    METHODS,
+    OF_TORCHDYN,
+    Net,
+    count,
+    each_mode,
+    initial,
+    loss_of,
+    needs_torchdyn,
+    over,
+    problem_for,
+    solve,
+    times,
+)
 from torch import Tensor
 
 # Own stages of a step, where a stage that is the next step's first one counts once.
@@ -87,16 +102,35 @@ def test_adaptive_steps(mode: str, method: str) -> None:
     assert most - 1 <= backward <= most
 
 
-@pytest.mark.skipif("torchdyn-rk4" not in METHODS, reason="torchdyn is not installed")
-@pytest.mark.parametrize(("method", "stages"), [("torchdyn-euler", 1), ("torchdyn-midpoint", 2), ("torchdyn-rk4", 4)])
-@each_mode
-def test_torchdyns_fixed_steps(mode: str, method: str, stages: int) -> None:
-    """In general steps each evaluation is made again where its slope is not kept, the last one, too."""
-    field, t, steps = Net(), torch.linspace(0, 1, 6, dtype=torch.float64), 5
-    forward, backward = evaluations(mode, field, t, method)
-    assert forward == stages * steps
-    assert backward_evaluations(mode, stages, steps) <= backward
-    assert backward <= (2 if mode == "symplectic" else 1) * stages * steps
+TORCHDYN = [name for name in OF_TORCHDYN if METHODS[name].stages and "()" not in name]
+# Of the others, what a step evaluates; the first of alf's two evaluations leads nowhere.
+TORCHDYN_STAGES = {name: METHODS[name].stages for name in TORCHDYN} | {"torchdyn-hyper-euler": 1, "torchdyn-alf": 2}
+
+
+@needs_torchdyn
+@over(TORCHDYN_STAGES if HAS_TORCHDYN else ())
+def test_torchdyns_steps(mode: str, method: str) -> None:
+    """Backward evaluates as often as the accepted steps did, and in "symplectic" about twice."""
+    from torchdyn.numerics.solvers.ode import str_to_solver
+    from torchdyn_runs import accepted, returned, steps_recorded
+
+    problem, stages = problem_for(method, time_grad=False), TORCHDYN_STAGES[method]
+    net = problem.field = Net()
+    solver = problem.settings.get("solver") or str_to_solver(METHODS[method].solver, torch.float64)
+    problem.settings["solver"] = solver
+    with steps_recorded(solver) as calls:
+        forward = count(net, lambda: returned(problem, BACKPROPAGATION, method))
+    steps, solutions = len(accepted(calls)), list[Tensor]()
+    assert count(net, lambda: solutions.append(returned(problem, mode, method)[1])) == forward
+    backward = count(net, lambda: loss_of(solutions[0]).backward())
+    if METHODS[method].adaptive:
+        # The slope that a step starts from is that at its state: handed over, or evaluated again where it is not kept.
+        assert stages * steps <= backward <= 2 * (stages + 1) * steps
+        assert mode == "symplectic" or backward <= stages * steps + 1
+    elif method == "torchdyn-alf":
+        assert backward == (1 if mode == "stages" else stages) * steps
+    else:
+        assert backward == backward_evaluations(mode, stages, steps)
 
 
 @each_mode

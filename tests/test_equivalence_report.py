@@ -17,17 +17,15 @@ from residual_blocks import (
     PostActivation,
     PreActivation,
     forms,
-    heun_states,
     hidden_states,
-    needs_heun,
     sequence_of,
     state,
 )
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.experiments.memory import peak_bytes
-from torchdiffeq_symplectic.resnet import EquivalenceReport, ResidualField, equivalence_report
-from torchdiffeq_symplectic.resnet.gradients import Agreement, network_gradient, network_states
+from torchdiffeq_symplectic.resnet import equivalence_report
+from torchdiffeq_symplectic.resnet.gradients import Agreement
 from torchdiffeq_symplectic.resnet.verdict import DISCRETISES, NOT_AN_ODE, TOO_SHALLOW, Evidence, judge
 from torchdiffeq_symplectic.resnet.weights import Weights
 
@@ -63,10 +61,6 @@ def noise(count: int, scale: float, mean: float = 0.0) -> list[nn.Module]:
     return [Scaled(mean + scale * torch.randn(5, generator=generator, dtype=DOUBLE)) for _ in range(count)]
 
 
-def dense_report(count: int = 5, **keywords: Any) -> EquivalenceReport:
-    return equivalence_report(sequence_of(Dense, count), state(4, 3), **keywords)
-
-
 def parameters_of(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(nn.ModuleList(dict.fromkeys(blocks)).parameters())
 
@@ -83,25 +77,6 @@ def test_euler_on_the_host_is_the_network(name: str) -> None:
     assert report.blocks == len(blocks)
     assert report.forward_error < 1e-13
     assert report.gradient_error < 1e-12
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_gradient_of_the_network_is_backpropagation_through_it(name: str) -> None:
-    blocks, keywords, shape = forms()[name]
-    x = state(*shape)
-    exact = torch.autograd.grad(hidden_states(blocks, x, **keywords)[-1].sin().sum(), (x, *parameters_of(blocks)))
-    field = ResidualField(blocks, **keywords)
-    states = network_states(field, x.detach())
-    found = network_gradient(field, states, lambda y: y.sin().sum())
-    assert relative(found, exact) < 1e-13
-
-
-def test_a_solve_that_is_not_the_network_shows(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = ResidualField.forward
-    monkeypatch.setattr(ResidualField, "forward", lambda field, t, x: 1.01 * original(field, t, x))
-    report = dense_report()
-    assert 1e-4 < report.forward_error < 1e-1
-    assert 1e-4 < report.gradient_error < 1e-1
 
 
 def euler_memory_free(blocks: Sequence[nn.Module], x: Tensor) -> list[Tensor]:
@@ -132,25 +107,6 @@ def test_memory_free_error_is_that_of_stepping_back() -> None:
         assert error == pytest.approx(relative(approximate[own], exact[own]), rel=1e-8)
 
 
-@needs_heun
-def test_memory_free_heun_is_compared_with_the_heun_network() -> None:
-    blocks, x = sequence_of(Dense, 6), state(4, 3)
-    exact = torch.autograd.grad(heun_states(blocks, x)[-1].sin().sum(), (x, *parameters_of(blocks)))
-    euler = torch.autograd.grad(hidden_states(blocks, x)[-1].sin().sum(), (x, *parameters_of(blocks)))
-    found = equivalence_report(blocks, x, loss=lambda y: y.sin().sum()).memory_free_error["heun2"]
-    assert relative(euler, exact) > 10 * found.relative > 0
-    assert found.cosine == pytest.approx(1, abs=1e-3)
-
-
-@needs_heun
-def test_memory_free_error_is_in_the_dtype_of_the_batch() -> None:
-    (block,) = sequence_of(Dense, 1, scale=0.01)
-    precise = equivalence_report([block] * 20, state(2, 3)).memory_free_error["heun2"].relative
-    single = equivalence_report([block.float()] * 20, state(2, 3).float())
-    assert precise < 1e-9 < single.memory_free_error["heun2"].relative
-    assert single.gradient_error < 1e-12
-
-
 def test_smoothness_is_that_of_the_weights() -> None:
     blocks = sequence_of(Dense, 4)
     values = [dict(block.named_parameters()) for block in blocks]
@@ -164,13 +120,6 @@ def test_smoothness_is_that_of_the_weights() -> None:
         assert entries == stacked[:, int(ranges.argmax())].tolist()
 
 
-def test_smoothness_of_weights_linear_in_depth_does_not_depend_on_it() -> None:
-    for count in (4, 16):
-        blocks = [Scaled(torch.full((3,), n / count, dtype=DOUBLE)) for n in range(count)]
-        found = equivalence_report(blocks, state(2, 3), residual=True).smoothness
-        assert found == pytest.approx(math.sqrt(3))
-
-
 def test_blocks_of_different_architectures_have_no_smoothness() -> None:
     blocks = [*sequence_of(PreActivation, 2, norm=True), *sequence_of(PostActivation, 2)]
     report = equivalence_report(blocks, state(3, 2, 4, 3))
@@ -178,14 +127,6 @@ def test_blocks_of_different_architectures_have_no_smoothness() -> None:
     assert report.smoothness_by_layer == {}
     assert "norm.weight is missing in block 2, but of shape (2,) in block 0" in str(report.smoothness_reason)
     assert str(report.smoothness_reason) in str(report)
-
-
-def test_a_deep_smooth_network_discretises_an_ode() -> None:
-    matrices = [torch.tensor([[0.0, 1 + n / 40], [-2.0, n / 40]]) for n in range(40)]
-    report = equivalence_report([Turning(matrix) for matrix in matrices], state(3, 2), residual=True)
-    assert report.verdict == DISCRETISES
-    assert report.growth == pytest.approx(2, rel=0.01)
-    assert report.relative_distance < 0.1
 
 
 def test_a_shallow_smooth_network_is_too_shallow_and_told_how_deep_is_enough() -> None:
@@ -257,29 +198,6 @@ def test_nothing_of_the_callers_changes() -> None:
     assert grads == ["0.conv1.weight"]
     assert torch.equal(x, values)
     assert x.grad is None
-
-
-def test_the_mode_of_the_blocks_decides() -> None:
-    blocks, x = sequence_of(PostActivation, 3), state(3, 2, 4, 4)
-    training = equivalence_report(blocks, x)
-    evaluation = equivalence_report([block.eval() for block in blocks], x)
-    assert training.distance[-1] != pytest.approx(evaluation.distance[-1], rel=1e-3)
-
-
-def test_a_field_stands_for_its_blocks() -> None:
-    blocks, keywords, shape = forms()["bare residual"]
-    field = ResidualField(blocks, **keywords)
-    assert equivalence_report(field, state(*shape)).to_dict() == (
-        equivalence_report(iter(blocks), state(*shape), **keywords).to_dict()
-    )
-
-
-@pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
-def test_interpolation_is_that_asked_for(interpolate: str) -> None:
-    report = dense_report(interpolate=interpolate)
-    assert report.interpolate == interpolate
-    expected = equivalence_report(ResidualField(sequence_of(Dense, 5), interpolate=interpolate), state(4, 3))
-    assert report.distance == expected.distance
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from harness import (
     ADAPTIVE,
     BACKPROPAGATION,
     DOUBLE,
-    OF_TORCHDIFFEQ,
+    FEW,
+    METHODS,
+    OF_TORCHDYN,
     Mixing,
     Problem,
     arguments_of,
@@ -28,7 +30,8 @@ from harness import (
 from torch import Tensor, nn
 
 # One of each kind that carries slopes, or none.
-FAMILY = [n for n in ("rk4", "dopri5", "adaptive_heun", "implicit_adams") if n in OF_TORCHDIFFEQ]
+FAMILY = [n for n in ("rk4", "dopri5", "adaptive_heun", "implicit_adams") if n in METHODS]
+BOTH = [*FAMILY, *(n for n in FEW if n in OF_TORCHDYN)]
 T = torch.tensor([0.0, 0.4, 1.0], dtype=DOUBLE)
 
 
@@ -39,12 +42,12 @@ class UsedByTurns(nn.Module):
         super().__init__()
         self.early, self.late, self.never = (Mixing(4, seed=seed) for seed in (11, 12, 13))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
         slope: Tensor = self.early(t, y) if t < 0.6 else self.late(t, y)
         return slope
 
 
-@over(FAMILY)
+@over(BOTH)
 def test_parameters_that_are_used_only_at_some_times(mode: str, method: str) -> None:
     problem = problem_for(method, (2, 2))
     problem.field = UsedByTurns()
@@ -152,7 +155,15 @@ def test_solves_inside_of_the_field_are_under_the_same_choice_when_replayed_outs
     assert_same_gradients(results[1], results[0])
 
 
+def of_an_energy(t: Tensor, y: Tensor, leaf: Tensor) -> Tensor:
+    """As energy models do it; what the host solves without gradients would then have a graph."""
+    with torch.enable_grad():
+        x = y if y.requires_grad else y.requires_grad_()
+        return -torch.autograd.grad(torch.cos(x @ leaf + t).sum(), x, create_graph=True)[0]
+
+
 FIELDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "of-an-energy": of_an_energy,
     "constant": lambda t, y, leaf: torch.ones_like(y),
     "new-tensor": lambda t, y, leaf: torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE).expand(2, 3),
     "detached": lambda t, y, leaf: torch.sin(y @ leaf).detach(),
@@ -170,14 +181,15 @@ FIELDS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FIELDS)
-@over(FAMILY, every=2)
+@over(BOTH, every=2)
 def test_fields_of_unusual_results(mode: str, method: str, name: str) -> None:
     """No graph counts as zero, and a slope of smaller shape is broadcast to the state's."""
     if name in ("0-d", "row") and method in ADAPTIVE:
         pytest.skip("torchdiffeq's interpolation takes no slope of a smaller shape")
     leaf = uniform(3, 3, seed=2).requires_grad_()
     t, y0 = T.clone().requires_grad_(), uniform(2, 3, seed=4).requires_grad_()
-    problem = Problem(lambda t, y: FIELDS[name](t, y, leaf), y0, t, {"leaf": leaf}, adjoint={"adjoint_params": (leaf,)})
+    problem = Problem(lambda t, y, args=None: FIELDS[name](t, y, leaf), y0, t, {"leaf": leaf})
+    problem.adjoint = {"adjoint_params": (leaf,)}
     assert_exact(problem, mode, method)
 
 
@@ -194,3 +206,32 @@ def test_a_field_that_makes_a_leaf_of_its_own(mode: str, method: str) -> None:
         return score + y
 
     assert_exact(Problem(field, y0, T, {"weight": weight}, adjoint={"adjoint_params": (weight,)}), mode, method)
+
+
+class SetsItself(nn.Module):
+    """Takes a parameter from the first state that it sees, and keeps the last solution; it is the model itself."""
+
+    solution: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.shift, self.ready = Mixing(6), nn.Parameter(torch.zeros(3, dtype=DOUBLE)), False
+
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
+        if not self.ready:
+            with torch.no_grad():
+                self.shift.copy_(-y.mean(dim=0))
+            self.ready = True
+        result: Tensor = self.inner(t, y + self.shift)
+        return result
+
+
+@over([name for name in FEW if name in BOTH])
+def test_a_field_that_sets_a_parameter_and_keeps_its_solution(mode: str, method: str) -> None:
+    field, problem, results = SetsItself(), problem_for(method, time_grad=False), []
+    wanted = {"y0": problem.y0, **dict(field.named_parameters())}
+    for name in (mode, BACKPROPAGATION, mode):  # at last in the place of a solution whose graph holds the field
+        field.solution = solve(name, field, problem.y0, problem.t, method)
+        results.append(gradients_of(loss_of(field.solution), wanted))
+    for found in (results[0], results[2]):
+        assert_same_gradients(found, results[1])

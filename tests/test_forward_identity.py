@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,6 @@ from harness import (
     METHODS,
     OF_TORCHDIFFEQ,
     Mixing,
-    each_method,
     each_mode,
     initial,
     over,
@@ -86,14 +84,6 @@ def test_values_are_the_same_without_gradients(mode: str, method: str) -> None:
     assert not found.requires_grad
 
 
-@pytest.mark.parametrize("mode", ["use:symplectic", "use:aca"])
-@each_method
-def test_values_are_the_same_where_the_mode_is_chosen_by_use(mode: str, method: str) -> None:
-    problem = problem_for(method)
-    truth = solve(BACKPROPAGATION, problem.field, problem.y0, problem.t, method, **problem.settings)
-    assert torch.equal(solve(mode, problem.field, problem.y0, problem.t, method, **problem.settings), truth)
-
-
 @of_torchdiffeq
 def test_the_packages_own_function_is_the_patched_one(method: str) -> None:
     problem = problem_for(method)
@@ -147,24 +137,3 @@ def test_errors_and_warnings_are_those_of_odeint(mode: str, fault: str) -> None:
     assert expected != ("", [])
     name = "symplectic" if mode == "stages" else mode
     assert words(torchdiffeq.odeint_adjoint, call | {"adjoint_method": name}) == expected
-
-
-UPSTREAM: dict[str, dict[str, Any]] = {
-    "adjoint": {},
-    "adjoint by rk4": {"adjoint_method": "rk4", "adjoint_options": {"step_size": 0.1}},
-    "seminorm": {"adjoint_options": {"norm": "seminorm"}},
-}
-
-
-@pytest.mark.parametrize("name", UPSTREAM)
-@pytest.mark.parametrize("chosen", [False, True], ids=["", "beside use(None)"])
-def test_upstreams_own_adjoint_is_untouched(name: str, chosen: bool) -> None:
-    def run() -> tuple[Tensor, ...]:
-        field, y0 = Mixing(6), initial()
-        with torchdiffeq_symplectic.use(None) if chosen else contextlib.nullcontext():
-            solution = torchdiffeq.odeint_adjoint(field, y0, times(), **UPSTREAM[name])
-        return solution, *torch.autograd.grad(solution.square().sum(), [y0, *field.parameters()])
-
-    found = run()
-    torchdiffeq_symplectic.unregister()
-    assert all(map(torch.equal, found, run()))

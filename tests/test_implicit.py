@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import (
-    MixingTuple,
     Net,
-    Problem,
     assert_exact,
     count,
     each_mode,
@@ -25,7 +23,6 @@ from harness import (
     register_solver,
     solve,
     times,
-    uniform,
 )
 from torch import Tensor
 from torchdiffeq._impl.solvers import FixedGridODESolver
@@ -139,50 +136,10 @@ def test_gradients_of_state_parameters_and_times_are_backpropagations(mode: str,
     assert {"y0[0]", "t", "weight", "bias", "frequency"} <= set(found)
 
 
-@over(SOLVERS, ["use:symplectic", "use:aca"])
-def test_gradients_under_use(mode: str, method: str) -> None:
-    assert_exact(problem_for(), mode, method)
-
-
 @pytest.mark.parametrize("interp", ["linear", "cubic"])
 @over(SOLVERS, ["symplectic", "stages", "aca"])
 def test_outputs_between_the_steps(mode: str, method: str, interp: str) -> None:
     assert_exact(problem_for(), mode, method, options={"step_size": 0.3, "interp": interp})
-
-
-@over(IMPLICIT, ["symplectic", "aca"])
-def test_decreasing_times(mode: str, method: str) -> None:
-    problem = problem_for()
-    problem.t = problem.t.detach().flip(0).requires_grad_()
-    assert_exact(problem, mode, method)
-
-
-@over(IMPLICIT, ["symplectic", "aca"])
-def test_tuples(mode: str, method: str) -> None:
-    shapes: list[tuple[int, ...]] = [(2,), (1, 2)]
-    y0 = tuple(uniform(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-    assert_exact(Problem(MixingTuple(shapes), y0, times().requires_grad_()), mode, method)
-
-
-@over(IMPLICIT)
-def test_second_derivatives(mode: str, method: str) -> None:
-    problem = problem_for(shape=(3,))
-
-    def run(mode: str) -> tuple[Tensor, ...]:
-        loss = loss_of(solve(mode, problem.field, problem.y0, problem.t, method))
-        (first,) = torch.autograd.grad(loss, problem.y0, create_graph=True)
-        return torch.autograd.grad(first.square().sum(), [problem.y0, problem.field.weight])  # type: ignore[attr-defined]
-
-    torch.testing.assert_close(run(mode), run("backprop"), rtol=1e-10, atol=1e-12)
-
-
-def test_the_number_of_iterations_is_that_of_the_solve() -> None:
-    """The case needs different numbers a step: else a replay of a fixed form would do."""
-    field = Net()
-    for step_size in (0.05, 0.4):
-        ImplicitMidpoint.iterations = 0
-        solve("backprop", field, initial(), times(0.0, 0.4), "implicit_midpoint", options={"step_size": step_size})
-        assert ImplicitMidpoint.iterations / (0.4 / step_size) > 3
 
 
 @pytest.mark.parametrize("mode", ["symplectic", "aca"])

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from harness import (
-    BACKPROPAGATION,
     DOUBLE,
     EXPLICIT,
     KINDS,
     METHODS,
-    MODES,
     OF_TORCHDYN,
     Net,
     Problem,
@@ -29,9 +26,7 @@ from harness import (
 from torch import Tensor
 
 EXACT = 1e-12
-each_mode_and_backpropagation = pytest.mark.parametrize("mode", [*MODES, BACKPROPAGATION])
 FIXED = [name for name in EXPLICIT if not METHODS[name].adaptive and not callable(METHODS[name].solver)]
-each_fixed_method = pytest.mark.parametrize("method", FIXED)
 
 
 def pulled_back(mode: str, method: str, problem: Problem, *cotangents: Tensor) -> list[list[Tensor]]:
@@ -79,19 +74,6 @@ def test_a_batch_that_is_permuted_has_the_permuted_gradient(mode: str, method: s
     moved = y0.detach()[order].requires_grad_()
     found = torch.autograd.grad(solve(mode, field, moved, t, method)[-1].square().sum(), [moved, *field.parameters()])
     assert error(found, [plain[0][order], *plain[1:]]) < EXACT
-
-
-@over(FIXED)
-def test_batches_that_are_concatenated_have_the_sum_of_the_gradients(mode: str, method: str) -> None:
-    field, parts, t = Net(), [initial(2, 3), uniform(4, 3, seed=6).requires_grad_()], times(0.0, 0.4, 1.0)
-    separate = [
-        torch.autograd.grad(solve(mode, field, y0, t, method)[-1].square().sum(), [y0, *field.parameters()])
-        for y0 in parts
-    ]
-    whole = torch.cat([part.detach() for part in parts]).requires_grad_()
-    found = torch.autograd.grad(solve(mode, field, whole, t, method)[-1].square().sum(), [whole, *field.parameters()])
-    sums = [a + b for a, b in zip(separate[0][1:], separate[1][1:], strict=True)]
-    assert error(found, [torch.cat([separate[0][0], separate[1][0]]), *sums]) < EXACT
 
 
 @over(["rk4", "dopri5", "dopri8", "adaptive_heun", "explicit_adams"])

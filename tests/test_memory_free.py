@@ -6,7 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BACKPROPAGATION, DOUBLE, Net, count, error, initial, loss_of, solve, times
+from harness import (
+    BACKPROPAGATION,
+    DOUBLE,
+    METHODS,
+    OF_TORCHDYN,
+    Net,
+    count,
+    error,
+    initial,
+    loss_of,
+    needs_torchdyn,
+    neural_ode,
+    solve,
+    times,
+)
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic import ReplayError, ReplayWarning, UnsupportedSolverError
@@ -17,8 +31,9 @@ FIXED = {method: dict(STEPS) for method in ("euler", "midpoint", "rk4", "heun2",
 ADAPTIVE: dict[str, Any] = {
     method: {"rtol": 1e-6, "atol": 1e-8, "options": {"first_step": 0.05}} for method in ("dopri5", "bosh3", "dopri8")
 }
-METHODS = {**FIXED, **ADAPTIVE}
-TORCHDYN = ["torchdyn-euler", "torchdyn-midpoint", "torchdyn-rk4"]
+SETTINGS = {**FIXED, **ADAPTIVE}
+STALE = "torchdyn-stale-heun"  # the slope that it starts from is lost
+TORCHDYN = [name for name in OF_TORCHDYN if METHODS[name].stages and "()" not in name and name != STALE]
 
 
 def gradient(mode: str, method: str, field: nn.Module, t: Tensor, **settings: Any) -> list[Tensor]:
@@ -32,25 +47,46 @@ def backpropagated(method: str, field: nn.Module, t: Tensor, **settings: Any) ->
     return list(torch.autograd.grad(loss_of(found), [y0, *field.parameters()]))
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_corrected_steps_give_backpropagations_gradient(method: str) -> None:
-    field, t = Net(), times(0.0, 1.0)
-    found = gradient("memory_free", method, field, t, **METHODS[method])
-    assert error(found, backpropagated(method, field, t, **METHODS[method])) < 1e-9
+@pytest.mark.parametrize("direction", ["increasing", "decreasing"])
+@pytest.mark.parametrize("method", [*SETTINGS, *TORCHDYN])
+def test_corrected_steps_give_backpropagations_gradient(method: str, direction: str) -> None:
+    field, t = Net(), times(0.0, 1.0) if method in SETTINGS else torch.linspace(0, 1, 25, dtype=DOUBLE)
+    t = t if direction == "increasing" else t.flip(0)
+    found = gradient("memory_free", method, field, t, **SETTINGS.get(method, {}))
+    assert error(found, backpropagated(method, field, t, **SETTINGS.get(method, {}))) < 1e-9
 
 
-@pytest.mark.parametrize("method", TORCHDYN)
-def test_corrected_steps_give_autograds_gradient_in_torchdyn(method: str) -> None:
-    pytest.importorskip("torchdyn")
-    field, t = Net(), torch.linspace(0, 1, 21, dtype=DOUBLE)
-    assert error(gradient("memory_free", method, field, t), backpropagated(method, field, t)) < 1e-9
+@needs_torchdyn
+def test_the_integral_of_a_running_cost_is_added() -> None:
+    """Its value is no part of the state that is recovered."""
+    t, reports = torch.linspace(0, 1, 41, dtype=DOUBLE), list[float]()
+    found = []
+    for mode in ("memory_free", "symplectic"):
+        x, field = initial(), Net()
+        model = neural_ode(mode, field, solver="euler", integral_loss=lambda t, x: x.square().mean(-1))
+        if mode == "memory_free":
+            model.adjoint_options = {"report": reports.append}
+        loss = loss_of(model(x, t, save_at=t[[0, 20, 40]])[1])
+        found.append(torch.autograd.grad(loss, [x, *field.parameters()]))
+    assert error(*found) < 1e-9
+    assert 0 < reports[0] < 1e-9
 
 
-@pytest.mark.parametrize("method", ["euler", "rk4"])
-def test_a_decreasing_time(method: str) -> None:
-    field, t = Net(), times(1.0, 0.0)
-    found = gradient("memory_free", method, field, t, **METHODS[method])
-    assert error(found, backpropagated(method, field, t, **METHODS[method])) < 1e-9
+@needs_torchdyn
+@pytest.mark.parametrize("method", ["torchdyn-hyper-euler", "torchdyn-projecting", STALE])
+def test_a_step_that_cannot_be_taken_back_is_refused_or_shows_in_the_reconstruction(method: str) -> None:
+    field, t, reports = Net(), torch.linspace(0, 1, 9, dtype=DOUBLE), list[float]()
+    solver: Any = METHODS[method].solver(DOUBLE, 6)
+    settings = {"solver": solver, "adjoint_options": {"report": reports.append, "replay_check": "ignore"}}
+    if not METHODS[method].adaptive:
+        settings["call"] = {"save_at": t[-1:]}
+    try:
+        found = gradient("memory_free", method, field, t, **settings)
+    except (NotImplementedError, ValueError):
+        return
+    call = {"call": settings["call"]} if "call" in settings else {}
+    truth = backpropagated(method, field, t, solver=solver, **call)
+    assert error(found, truth) <= 5.5 * max(reports[0], 1e-12)
 
 
 def paper(field: nn.Module, y0: Tensor, size: float, steps: int) -> list[Tensor]:
@@ -206,17 +242,22 @@ class Tied(nn.Module):
         super().__init__()
         self.rate = nn.Parameter(torch.linspace(-1, 0.5, 64))
 
-    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, t: Tensor, y: Tensor, args: Any = None) -> Tensor:
         return y * self.rate
 
 
-def test_memory_does_not_grow_with_the_number_of_steps() -> None:
+@pytest.mark.parametrize("method", ["euler", pytest.param("torchdyn-euler", marks=needs_torchdyn)])
+def test_memory_does_not_grow_with_the_number_of_steps(method: str) -> None:
     field, y0 = Tied(), torch.randn(256, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     def run(steps: int) -> Tensor:
-        solution: Tensor = solve(
-            "memory_free", field, y0, times(0.0, 1.0).float(), "euler", options={"step_size": 1 / steps}
-        )
+        if method == "euler":
+            t: Tensor = times(0.0, 1.0).float()
+            settings: dict[str, Any] = {"options": {"step_size": 1 / steps}}
+        else:
+            t = torch.linspace(0, 1, steps + 1)
+            settings = {"call": {"save_at": t[[0, -1]]}}
+        solution: Tensor = solve("memory_free", field, y0, t, method, **settings)
         return solution
 
     run(5)[-1].sum().backward()

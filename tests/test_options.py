@@ -144,24 +144,6 @@ def test_jumps_at_outputs_and_at_the_start(mode: str, method: str) -> None:
     assert_exact(problem, mode, method, rtol=1e-3, options={"first_step": 0.15, "jump_t": jump_t})
 
 
-@pytest.mark.parametrize("state", [torch.float32, torch.float64])
-@over(CARRIERS, every=2)
-def test_time_arithmetic_in_single_precision(mode: str, method: str, state: torch.dtype) -> None:
-    problem = problem_for(method, (2, 2), state)
-    problem.t = torch.tensor([0.125, 0.375, 0.875, 1.25], dtype=torch.float32, requires_grad=True)
-    assert_exact(problem, mode, method, rtol=1e-2, atol=1e-3, options={"dtype": torch.float32})
-
-
-@pytest.mark.parametrize("interp", ["linear", "cubic"])
-@pytest.mark.parametrize("perturb", [False, True], ids=["unperturbed", "perturbed"])
-@over(GRIDS)
-def test_step_size(mode: str, method: str, perturb: bool, interp: str) -> None:
-    problem = problem_for(method, (2, 2))
-    problem.field = Switching(4) if perturb else problem.field
-    options = {"step_size": 0.1, "interp": interp, "perturb": perturb}
-    assert_exact(problem, mode, method, rtol=1e-2, options=options)
-
-
 @directions
 @over(GRIDS)
 def test_a_step_size_that_is_a_tensor_with_gradient(mode: str, method: str, direction: str) -> None:
@@ -248,21 +230,6 @@ def test_options_of_the_caller_stay_as_they_are(mode: str, method: str) -> None:
     torchdiffeq.odeint_adjoint(problem.field, problem.y0, problem.t, method=method, **call).sum().backward()
     assert options == row.settings["options"]
     assert adjoint_options == before
-
-
-@pytest.mark.parametrize("which", ["options", "adjoint_options"])
-@over(["rk4", "dopri5"])
-def test_unknown_options_only_warn(mode: str, method: str, which: str) -> None:
-    problem = problem_for(method)
-    (problem.settings if which == "options" else problem.adjoint)[which] = {"grid_points": 3}
-    with pytest.warns(UserWarning, match="Unexpected arguments {'grid_points': 3}"):
-        assert_exact(problem, mode, method)
-
-
-@each_mode
-def test_tolerances_as_tensors(mode: str) -> None:
-    rtol, atol = torch.full((2, 3), 1e-4, dtype=DOUBLE), torch.rand(3, dtype=DOUBLE) / 100 + 1e-5
-    assert_exact(problem_for("dopri5"), mode, "dopri5", rtol=rtol, atol=atol)
 
 
 @each_mode

@@ -37,7 +37,10 @@ def snippets() -> list[tuple[str, str]]:
     return found
 
 
-@pytest.mark.parametrize(("name", "code"), snippets(), ids=[name for name, _ in snippets()])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [pytest.param(*one, id=one[0], marks=pytest.mark.slow if i else []) for i, one in enumerate(snippets())],
+)
 def test_python_examples_run_in_a_process_of_their_own(name: str, code: str) -> None:
     if "torchdyn" in re.sub("torchdyn-|torchdyn_", "", code) and importlib.util.find_spec("torchdyn") is None:
         pytest.skip("needs torchdyn")

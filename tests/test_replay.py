@@ -62,16 +62,6 @@ def test_stage_states_of_the_replay_are_those_of_the_solve(mode: str, method: st
     assert backward <= forward
 
 
-@over(FEW, REPLAYED)
-def test_stage_states_of_a_strided_state(mode: str, method: str) -> None:
-    """The replay gave contiguous states, so whatever reads memory in its order saw something else."""
-    problem = problem_for(method, (2, 3), time_grad=False)
-    problem.field = Watched(6)
-    problem.y0 = uniform(3, 2, seed=3).t().requires_grad_()
-    forward, backward = replayed(problem, mode, method)
-    assert backward <= forward
-
-
 class Thermostat(nn.Module):
     """Grows entry by entry up to a threshold of its own, where it switches: ``where(y >= threshold, -1, 1)``."""
 

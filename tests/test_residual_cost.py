@@ -8,7 +8,6 @@ from types import FrameType
 from typing import Any
 
 import pytest
-import torch
 from harness import MODES
 from residual_blocks import DOUBLE, Dense, PostActivation, calls, needs_heun, sequence_of, state
 from torch import Tensor, nn
@@ -101,7 +100,7 @@ def test_python_work_a_block_does_not_grow_with_depth(kind: str, mode: str, meth
     assert deep <= 1.3 * shallow
 
 
-@pytest.mark.parametrize("mode", ["symplectic", "aca"])
+@pytest.mark.parametrize("mode", ["symplectic", pytest.param("aca", marks=pytest.mark.slow)])
 def test_a_step_does_not_loop_over_what_belongs_to_other_blocks(mode: str) -> None:
     """Asked for all parameters at every step, autograd answers in one call, which no count of calls shows."""
 
@@ -111,14 +110,3 @@ def test_a_step_does_not_loop_over_what_belongs_to_other_blocks(mode: str) -> No
         return bytecodes(lambda: train(field, x, mode)) / count
 
     assert a_block(200) <= 1.1 * a_block(SHALLOW)
-
-
-@pytest.mark.parametrize("interpolate", ["outputs", "weights", "piecewise"])
-def test_an_evaluation_between_blocks_does_not_grow_with_depth(interpolate: str) -> None:
-    def evaluate(count: int) -> int:
-        field, x = ResidualField(sequence_of(Dense, count), interpolate=interpolate), state(2, 3).detach()
-        t = torch.tensor(0.5 + 0.3 / count, dtype=DOUBLE)
-        field(t, x)
-        return calls(lambda: field(t, x))
-
-    assert evaluate(DEEP) == evaluate(SHALLOW)

@@ -75,14 +75,6 @@ def test_depths_belong_to_their_blocks(dtype: torch.dtype) -> None:
         check_places(count, dtype)
 
 
-@each_dtype
-def test_every_depth_of_the_longest_network(dtype: torch.dtype) -> None:
-    for times in (host_grid(LARGEST, dtype), -host_grid(LARGEST, dtype, -1.0, 0.0)):
-        found = [place_of(t, LARGEST, dtype) for t in times.tolist()]
-        numbers = range(LARGEST + 1) if float(times[0]) == 0.0 else reversed(range(LARGEST + 1))
-        assert found == [(min(n, LARGEST - 1), False) for n in numbers]
-
-
 def expected_blocks(count: int, direction: str) -> list[int]:
     """The block of each Euler step: at the step's start, where the last block reaches to 1."""
     return list(range(count)) if direction == "forwards" else [min(n, count - 1) for n in range(count, 0, -1)]
@@ -116,13 +108,3 @@ def test_heun_uses_each_block_and_the_next(dtype: torch.dtype, perturb: bool) ->
         field, x = ResidualField(blocks), torch.zeros((), dtype=dtype)
         torchdiffeq.odeint(field, x, field.grid("heun2", dtype), method="heun2", options={"perturb": perturb})
         assert seen == list(itertools.chain.from_iterable(itertools.pairwise(range(count))))
-
-
-@each_dtype
-def test_part_of_the_depth_uses_the_blocks_of_that_part(dtype: torch.dtype) -> None:
-    blocks, seen = telling(10)
-    field, part = ResidualField(blocks), torch.tensor([0.5, 0.75, 1.0], dtype=dtype)
-    torchdiffeq.odeint(field, torch.zeros((), dtype=dtype), field.grid(dtype=dtype)[3:8], method="euler")
-    options = {"step_size": field.step_size}
-    torchdiffeq.odeint(field, torch.zeros((), dtype=dtype), part, method="euler", options=options)
-    assert seen == [3, 4, 5, 6, 5, 6, 7, 8, 9]

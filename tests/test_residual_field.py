@@ -13,7 +13,6 @@ from harness import error
 from residual_blocks import (
     DOUBLE,
     Dense,
-    PostActivation,
     PreActivation,
     hidden_states,
     sequence_of,
@@ -56,26 +55,6 @@ def test_a_residual_block_is_the_field_itself() -> None:
         assert torch.equal(field(depth(n / 5), x), block(x))
 
 
-@each_interpolation
-def test_the_first_block_reaches_below_zero_and_the_last_one_beyond_its_depth(interpolate: str) -> None:
-    blocks, x = sequence_of(Dense, 4, skip=False), state(4, 3).detach()
-    field = ResidualField(blocks, residual=True, interpolate=interpolate)
-    for t in (-0.3, -1e-3, 0.0):
-        assert torch.equal(field(depth(t), x), blocks[0](x))
-    for t in (0.75, 0.8, 1.0, 1.7):
-        assert torch.equal(field(depth(t), x), blocks[3](x))
-
-
-@pytest.mark.parametrize("t", [0.1, 0.3, 0.62])
-def test_outputs_are_interpolated_linearly(t: float) -> None:
-    rates, x = [0.4, -1.1, 0.7, 2.0], state(5).detach()
-    field = ResidualField([Rate(w) for w in rates], residual=True)
-    n = int(4 * t)
-    part = 4 * t - n
-    expected = (1 - part) * torch.tanh(rates[n] * x) + part * torch.tanh(rates[n + 1] * x)
-    torch.testing.assert_close(field(depth(t), x), expected, rtol=1e-14, atol=1e-14)
-
-
 @pytest.mark.parametrize("t", [0.1, 0.3, 0.62])
 def test_weights_are_interpolated_linearly(t: float) -> None:
     rates, x = [0.4, -1.1, 0.7, 2.0], state(5).detach()
@@ -83,13 +62,6 @@ def test_weights_are_interpolated_linearly(t: float) -> None:
     n = int(4 * t)
     w = rates[n] + (4 * t - n) * (rates[n + 1] - rates[n])
     torch.testing.assert_close(field(depth(t), x), torch.tanh(w * x), rtol=1e-14, atol=1e-14)
-
-
-@pytest.mark.parametrize("t", [0.01, 0.24, 0.25, 0.49, 0.74])
-def test_piecewise_is_constant_up_to_the_next_block(t: float) -> None:
-    blocks, x = sequence_of(Dense, 4), state(4, 3).detach()
-    field = ResidualField(blocks, interpolate="piecewise")
-    assert torch.equal(field(depth(t), x), field(depth(int(4 * t) / 4), x))
 
 
 @pytest.mark.parametrize("interpolate", ["outputs", "weights"])
@@ -117,27 +89,6 @@ def test_derivatives_between_blocks_are_those_of_the_formula(interpolate: str) -
         formula = [4 * (second - first) * common, w * slope(w), (1 - part) * common, part * common]
     assert error([in_t, in_x, *in_w[1:3]], formula) < 1e-13
     assert in_w[0] is in_w[3] is None
-
-
-@pytest.mark.parametrize(
-    ("interpolate", "moved"), [("outputs", [1, 1, 0]), ("weights", [0, 0, 0]), ("piecewise", [1, 0, 0])]
-)
-def test_in_training_an_evaluation_does_to_a_block_what_its_call_does(interpolate: str, moved: list[int]) -> None:
-    blocks = sequence_of(PostActivation, 3)
-    field, x = ResidualField(blocks, interpolate=interpolate), state(3, 2, 4, 3).detach()
-    called = [
-        copy.deepcopy(block) if not times else _called(block, x) for block, times in zip(blocks, moved, strict=True)
-    ]
-    field(depth(0.1), x)
-    for block, expected in zip(blocks, called, strict=True):
-        for name, value in expected.state_dict().items():
-            assert torch.equal(block.state_dict()[name], value)
-
-
-def _called(block: nn.Module, x: Tensor) -> nn.Module:
-    clone = copy.deepcopy(block)
-    clone(x)
-    return clone
 
 
 @each_interpolation

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from residual_blocks import Dense, sequence_of
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.resnet import ResidualField
@@ -22,8 +21,6 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], type[Exception], str]] = {
         TypeError,
         r"block 1 must be a torch.nn.Module, but is a builtin.*Wrap",
     ),
-    "names": (nn.ModuleDict({"a": nn.Tanh(), "b": nn.Tanh()}), {}, TypeError, r"block 0 .* is a str.* the values"),
-    "a class": ([nn.Tanh, nn.Tanh], {}, TypeError, r"block 0 must be a torch.nn.Module, but is a type"),
     "interpolation": ([nn.Tanh(), nn.Tanh()], {"interpolate": "cubic"}, ValueError, r"one of \('outputs', .*'cubic'"),
 }
 ARCHITECTURES: dict[str, tuple[list[nn.Module], str]] = {
@@ -32,9 +29,7 @@ ARCHITECTURES: dict[str, tuple[list[nn.Module], str]] = {
         [nn.ELU(1.0), nn.ELU(1.0), nn.ELU(0.5)],
         r"block 0 .*alpha=1.0.* where block 2 \(ELU\) has .*alpha=0.5",
     ),
-    "shapes": ([nn.Linear(2, 2, bias=False), nn.Linear(2, 2)], r"block 1 \(Linear\) has Linear\(.*bias=True"),
     "parts": ([nn.Sequential(nn.Tanh()), nn.Sequential(nn.Tanh(), nn.Tanh())], r"has 2 parts where .* has 3 parts"),
-    "sizes": (sequence_of(Dense, 1) + sequence_of(Dense, 1, width=4), r"in_features=3.* where block 1 \(Dense\) has"),
 }
 
 

@@ -29,32 +29,6 @@ class Scaled(nn.Module):
         return self.factor * x
 
 
-class Tanh(nn.Module):
-    """``tanh(W x + b)``, a bare residual function."""
-
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(weight), nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x @ self.weight.T + self.bias)
-
-
-def smooth_blocks(count: int, seed: int, width: int = 4) -> list[nn.Module]:
-    """Tanh blocks whose weights are one period of a random trigonometric function of depth."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.randn(3, width, width + 1, generator=generator, dtype=DOUBLE)
-    angles = [2 * math.pi * n / count for n in range(count)]
-    values = [draws[0] + draws[1] * math.sin(angle) + draws[2] * math.cos(angle) for angle in angles]
-    return [Tanh(value[:, :width].clone(), value[:, width].clone()) for value in values]
-
-
-def rough_blocks(count: int, seed: int) -> list[nn.Module]:
-    """``√N ξ_n ⊙ x`` with independent standard normal ``ξ_n``: not smooth in depth."""
-    generator = torch.Generator().manual_seed(seed)
-    return [Scaled(math.sqrt(count) * torch.randn(3, generator=generator, dtype=DOUBLE)) for _ in range(count)]
-
-
 def compare(field: ResidualField, x: Tensor, accuracy: float = 1e-3) -> Comparison:
     return compare_with_solution(field.requires_grad_(False), x.detach(), accuracy)
 
@@ -97,33 +71,10 @@ def test_lipschitz_constant_is_the_largest_singular_value(shape: tuple[int, ...]
     assert lipschitz_constant(at, generator()) == pytest.approx(largest, rel=1e-3)
 
 
-def test_bound_is_the_papers_for_constants_that_do_not_vary() -> None:
-    # Proposition 1 with (1 + L/N)^n for e^(L n/N): C ((1 + L/N)^n - 1) / (2 N L)
-    count, lipschitz, curvature = 50, 0.7, 5.0
-    found = bound([1 + lipschitz / count] * count, [curvature / count**2 / 2] * count)
-    papers = [
-        curvature * math.expm1(n * math.log1p(lipschitz / count)) / (2 * count * lipschitz) for n in range(count + 1)
-    ]
-    assert found == pytest.approx(papers)
-
-
 def test_bound_is_the_recursion() -> None:
     assert bound([3.0, 0.5, 2.0], [1.0, 4.0, 0.0]) == [0.0, 1.0, 4.5, 9.0]
     assert bound([math.inf, 2.0], [1.0, math.inf])[-1] == math.inf
     assert bound([math.inf], [0.0]) == [0.0, 0.0]
-
-
-@pytest.mark.parametrize("count", [2, 3, 10, 100])
-@pytest.mark.parametrize("factor", [1e-2, 0.3, 1.0])
-def test_scalar_linear_field_is_bounded_by_its_distance(factor: float, count: int) -> None:
-    found = compare(ResidualField([Scaled(factor)] * count, residual=True), torch.tensor([[2.0]], dtype=DOUBLE))
-    exact = [2 * (math.exp(factor * n / count) - (1 + factor / count) ** n) for n in range(count + 1)]
-    assert found.distance == pytest.approx(exact, rel=1e-4, abs=1e-14)
-    assert found.amplifications == pytest.approx([1 + factor / count] * count)
-    errors = [2 * math.exp(factor * n / count) * (math.exp(factor / count) - 1 - factor / count) for n in range(count)]
-    assert found.errors == pytest.approx(errors, rel=1e-2, abs=1e-14)
-    assert_bounded(found)
-    assert bound_of(found) == pytest.approx(found.distance, rel=1e-2)  # nothing is lost where all errors add up
 
 
 def exponents(factors: list[float], interpolate: str) -> list[float]:
@@ -146,29 +97,10 @@ def test_distance_to_the_solution_of_a_scalar_field(count: int, interpolate: str
     assert_bounded(found)
 
 
-@pytest.mark.parametrize("interpolate", ["outputs", "piecewise"])
-@pytest.mark.parametrize("count", [4, 16])
-def test_bound_holds_for_rough_networks(count: int, interpolate: str) -> None:
-    field = ResidualField(rough_blocks(count, seed=count), residual=True, interpolate=interpolate)
-    assert_bounded(compare(field, state(3, 3)))
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_bound_holds_for_every_form_of_network(name: str) -> None:
     blocks, keywords, shape = forms()[name]
     assert_bounded(compare(ResidualField(blocks, **keywords), state(*shape)))
-
-
-def test_bound_is_sharper_than_proposition_1() -> None:
-    field = ResidualField(smooth_blocks(64, 1), residual=True)
-    found = compare(field, state(3, 4))
-    coarse = bound([max(found.amplifications)] * 64, [max(found.errors)] * 64)
-    assert found.distance[-1] < bound_of(found)[-1] < coarse[-1] / 2
-
-
-def test_bound_falls_with_the_depth() -> None:
-    bounds = [bound_of(compare(ResidualField(smooth_blocks(n, 1), residual=True), state(3, 4)))[-1] for n in (32, 128)]
-    assert bounds[0] / bounds[1] > 2  # as 1/N, and the amplifications fall, too
 
 
 def test_what_the_solver_cannot_follow_is_said() -> None:

@@ -66,14 +66,6 @@ def test_save_at(mode: str, method: str, saved: str, direction: str) -> None:
 
 
 @each_way_back
-def test_save_at_as_a_list_of_numbers(mode: str) -> None:
-    problem = problem_for("torchdyn-midpoint")
-    problem.t = torch.linspace(0, 1, 9, requires_grad=True)
-    problem.settings["call"] = {"save_at": [0.25, 0.75, 1.0]}
-    assert_exact(problem, mode, "torchdyn-midpoint")
-
-
-@each_way_back
 def test_save_at_that_is_returned_with_its_gradient(mode: str) -> None:
     problem = problem_for("torchdyn-rk4")
     save_at = problem.t.detach()[2:5].clone().requires_grad_()
@@ -99,14 +91,6 @@ def test_save_at_that_fails_upstream_fails_as_there(mode: str, save_at: list[flo
     for name in (BACKPROPAGATION, mode):
         with pytest.raises(error):
             returned(problem, name, "torchdyn-rk4")
-
-
-@each_way_back
-def test_save_at_has_no_effect_on_adaptive_solvers(mode: str) -> None:
-    problem = problem_for("torchdyn-dopri5")
-    problem.settings["call"] = {"save_at": problem.t.detach()[1:3]}
-    with pytest.warns(UserWarning, match="Setting save_at has no effect"):
-        assert_exact(problem, mode, "torchdyn-dopri5")
 
 
 class Receiving(Mixing):
@@ -148,19 +132,6 @@ def test_args_that_a_solver_uses(mode: str, kind: str) -> None:
     assert set(assert_exact(problem, mode, "torchdyn-euler")) >= set(problem.extra)
 
 
-@each_way_back
-def test_args_that_change_from_call_to_call(mode: str) -> None:
-    """One solve's arguments must not serve the other's backward pass."""
-    problem = problem_for("torchdyn-euler")
-    problem.settings["solver"] = Scaling(DOUBLE)
-    gains = ({"gain": 0.5, "node": 0.1}, {"gain": 1.2, "node": 0.6}, {"gain": 0.7, "node": 0.0})
-
-    def thrice(model: Any) -> tuple[Tensor, ...]:
-        return tuple(model(problem.y0, problem.t, args=args)[1] for args in gains)
-
-    forms_agree(problem, "torchdyn-euler", mode, thrice)
-
-
 # Dictionaries as states.
 
 
@@ -188,14 +159,6 @@ class SymplecticEuler(EulerOfDictionaries):
         return None, {"position": x["position"] + dt * f(t, moved)["position"], "velocity": velocity}, None
 
 
-class Backwards(EulerOfDictionaries):
-    """Gives its entries in another order."""
-
-    def step(self, f: Any, x: Any, t: Tensor, dt: Tensor, k1: Any = None, args: Any = None) -> tuple[Any, ...]:
-        _, moved, _ = super().step(f, x, t, dt)
-        return None, dict(reversed(moved.items())), None
-
-
 class Fields(nn.Module):
     """A slope of a dictionary and a vector of parameters."""
 
@@ -213,11 +176,6 @@ def oscillating(t: Tensor, x: Any, w: Tensor) -> Any:
 
 def shapes(t: Tensor, x: Any, w: Tensor) -> Any:
     return {"many": torch.sin(x["many"] * w + t), "one": x["many"].sum(-1) * x["one"]}
-
-
-def ranks(t: Tensor, x: Any, w: Tensor) -> Any:
-    """One slope broadcasts, the other is a number."""
-    return {"many": w * x["many"].mean(0), "number": x["number"] * w[0] + x["many"].sum()}
 
 
 def dtypes(t: Tensor, x: Any, w: Tensor) -> Any:
@@ -244,12 +202,9 @@ def by_default() -> dict[str, Tensor]:
 
 
 DICTIONARIES: dict[str, tuple[Any, Any, Callable[[], dict[str, Tensor]]]] = {
-    "euler": (EulerOfDictionaries, oscillating, pendulum),
     "symplectic euler": (SymplecticEuler, oscillating, pendulum),
-    "order that changes": (Backwards, oscillating, pendulum),
     "class of its own": (SymplecticEuler, oscillating, by_default),
     "several shapes": (EulerOfDictionaries, shapes, lambda: {"many": leaf(2, 3, seed=75), "one": leaf(2, seed=76)}),
-    "rank zero": (EulerOfDictionaries, ranks, lambda: {"many": leaf(2, 3, seed=75), "number": leaf(seed=76)}),
     "several dtypes": (
         EulerOfDictionaries,
         dtypes,
@@ -309,34 +264,6 @@ def test_second_order(mode: str, method: str) -> None:
     assert "mass" in assert_exact(problem, mode, method)
 
 
-class Last(nn.Module):
-    """The state at the last time."""
-
-    def forward(self, solution: Tensor) -> Tensor:
-        return solution[-1]
-
-
-@each_named_kind
-@each_way_back
-def test_models_in_a_sequence(mode: str, method: str) -> None:
-    """With ``return_t_eval=False``, and times by default from 0 to 1, in float32; one model is used twice."""
-    torch.manual_seed(0)
-    first, last = nn.Linear(4, 3, dtype=DOUBLE), nn.Linear(3, 2, dtype=DOUBLE)
-    fields, x = (Mixing(15, seed=1), Mixing(15, seed=2)), uniform(5, 4, seed=3).requires_grad_()
-    wanted = {"x": x}
-    for name, part in {"first": first, "last": last, "one": fields[0], "other": fields[1]}.items():
-        wanted |= {f"{name}.{key}": value for key, value in part.named_parameters()}
-
-    def run(mode: str) -> dict[str, Tensor | None]:
-        settings = {"return_t_eval": False, **TOLERANCES}
-        one, other = (model_for(Problem(field, x, None, settings=settings), mode, method) for field in fields)
-        with first_step_held():
-            sequence = nn.Sequential(first, one, Last(), other, Last(), one, Last(), last)
-            return gradients_of(loss_of(sequence(x)), wanted)
-
-    assert_same_gradients(run(mode), run(BACKPROPAGATION))
-
-
 @each_named_kind
 @each_way_back
 def test_times_that_are_set_on_the_model(mode: str, method: str) -> None:
@@ -349,20 +276,23 @@ def test_times_that_are_set_on_the_model(mode: str, method: str) -> None:
     forms_agree(problem, method, mode, form)
 
 
+@pytest.mark.parametrize("form", [tuple, iter], ids=["tuple", "generator"])
+@each_named_kind
 @each_way_back
-def test_arguments_by_position(mode: str) -> None:
-    problem = problem_for("torchdyn-rk4")
-    save_at = problem.t.detach()[2:4]
-    forms_agree(problem, "torchdyn-rk4", mode, lambda model: model(problem.y0, problem.t, save_at, {"u": 1}))
-
-
-@each_kind
-@each_way_back
-def test_a_state_that_is_no_leaf(mode: str, method: str) -> None:
+def test_optimizable_params(mode: str, method: str, form: Any) -> None:
+    weight, idle = nn.Parameter(uniform(3, 3, seed=98)), nn.Parameter(uniform(2, seed=99))
     problem = problem_for(method)
-    start = uniform(3, 2, seed=3).requires_grad_()
-    problem.y0, problem.extra = (2 * start).t(), {"start": start}
-    assert "start" in assert_exact(problem, mode, method)
+    problem.field = lambda t, x, args=None: torch.tanh(x @ weight) * torch.cos(t)
+    problem.extra = {"weight": weight, "idle": idle}
+    wanted = problem.wanted()
+    found = []
+    for name in (mode, BACKPROPAGATION):
+        problem.settings["optimizable_params"] = form((weight, idle))
+        model = model_for(problem, name, method)
+        assert {id(weight), id(idle)} <= {id(parameter) for parameter in model.parameters()}
+        found.append(gradients_of(loss_of(returned(problem, name, method, model)[1]), wanted))
+    assert_same_gradients(found[0], found[1])
+    assert torch.equal(found[0]["idle"], torch.zeros_like(idle))  # type: ignore[arg-type]
 
 
 # Other entry points.
@@ -378,17 +308,6 @@ def test_ode_problem(mode: str, method: str) -> None:
     forms_agree(problem, method, mode, lambda model: model.odeint(problem.y0, problem.t))
 
 
-@pytest.mark.filterwarnings("ignore:Setting tolerances has no effect:UserWarning")
-@each_named_kind
-@each_way_back
-def test_ode_problem_of_a_plain_function_with_default_tolerances(mode: str, method: str) -> None:
-    weight, problem = uniform(3, 3, seed=91).requires_grad_(), problem_for(method)
-    problem.field = lambda t, x, args=None: torch.tanh(x @ weight) * torch.cos(t)
-    problem.extra = {"weight": weight}
-    problem.settings = {"make": ODEProblem, "atol": 1e-6, "rtol": 1e-6}  # ODEProblem's own
-    assert "weight" in assert_exact(problem, mode, method)
-
-
 @pytest.mark.parametrize("direction", ["increasing", "decreasing"])
 @each_kind
 @each_way_back
@@ -399,16 +318,6 @@ def test_trajectory(mode: str, method: str, direction: str) -> None:
         problem.t = problem.t.detach().flip(0).requires_grad_()
     problem.settings["interpolator"] = "4th"
     forms_agree(problem, method, mode, lambda model: model.trajectory(problem.y0, problem.t))
-
-
-@each_kind
-@each_way_back
-def test_trajectory_without_gradients(mode: str, method: str) -> None:
-    problem = problem_for(method)
-    with torch.no_grad():
-        found = model_for(problem, mode, method).trajectory(problem.y0, problem.t)
-    assert not found.requires_grad
-    assert torch.equal(found, model_for(problem, BACKPROPAGATION, method).trajectory(problem.y0, problem.t))
 
 
 @each_way_back

@@ -7,7 +7,6 @@ solver would look at that column when it chooses its steps; for the truth it is 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,12 +32,10 @@ from harness import (
 )
 from torch import Tensor, nn
 from torchdyn.core import ODEProblem
-from torchdyn.numerics.solvers.ode import DormandPrince45, Midpoint, Tsitouras45
+from torchdyn.numerics.solvers.ode import DormandPrince45, Midpoint
 from torchdyn_runs import (
     TOLERANCES,
     accepted,
-    difference_quotient,
-    directional,
     each_named_kind,
     each_way_back,
     model_for,
@@ -194,39 +191,6 @@ def test_parameters_of_the_integral_loss(mode: str, method: str) -> None:
     assert torch.equal(found["cost.idle"], torch.zeros(2, dtype=DOUBLE))
 
 
-@each_kind
-@each_way_back
-def test_parameters_that_field_and_integral_loss_share(mode: str, method: str) -> None:
-    """As in ``integral_loss=lambda t, x: field(t, x).square().sum(-1)``, the kinetic regularisation."""
-    problem = problem_for(method)
-    field = problem.field
-    # A lambda, so that torchdyn does not register the field twice.
-    problem.settings["integral_loss"] = lambda t, x: field(t, x).square().mean(-1)
-    assert_exact(problem, mode, method)
-
-
-@each_kind
-@each_way_back
-def test_a_field_without_gradients(mode: str, method: str) -> None:
-    """Then the state at the start is all there is."""
-    problem = with_cost(method, time_grad=False)
-    problem.field = lambda t, x, args=None: torch.full_like(x, 0.3)
-    assert norm_of(assert_exact(problem, mode, method, nothing)["y0[0]"]) > 0
-
-
-@each_kind
-@each_way_back
-def test_times_of_every_kind(mode: str, method: str) -> None:
-    for t in (
-        torch.linspace(1.1, -0.2, 6, dtype=DOUBLE, requires_grad=True),
-        torch.linspace(-0.2, 1.1, 2, dtype=DOUBLE, requires_grad=True),
-        torch.linspace(0, 1, 8, requires_grad=True),
-    ):
-        problem = with_cost(method)
-        problem.t = t
-        assert_exact(problem, mode, method)
-
-
 @each_named_kind
 @each_way_back
 def test_single_precision(mode: str, method: str) -> None:
@@ -281,47 +245,6 @@ def test_ode_problem(mode: str, method: str) -> None:
     assert_same_gradients(gradients_of(loss_of(found), wanted), expected)
 
 
-class Pendulum(nn.Module):
-    """Its acceleration, for ``order=2``; its whole slope for order one."""
-
-    def __init__(self, *, whole: bool) -> None:
-        super().__init__()
-        self.stiffness, self.whole = nn.Parameter(uniform(4, 2, seed=24)), whole
-
-    def forward(self, t: Tensor, x: Tensor, args: Any = None) -> Tensor:
-        acceleration = torch.sin(x @ self.stiffness + t)
-        return torch.cat([x[:, 2:], acceleration], 1) if self.whole else acceleration
-
-
-@each_kind
-@each_way_back
-def test_second_order(mode: str, method: str) -> None:
-    """torchdyn's autograd mode fails here (it calls a method that does not exist), so the truth has order one."""
-    problem = problem_for(method, (2, 4))
-    problem.settings["integral_loss"] = running
-    field, whole = Pendulum(whole=False), Pendulum(whole=True)
-    problem.field, whole.stiffness = whole, field.stiffness
-    wanted = problem.wanted()
-    expected, integral = truth_of(problem, method)
-    problem.field = field
-    problem.settings["order"] = 2
-    found = returned(problem, mode, method)[1]
-    assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(expected) + integral, wanted))
-
-
-@pytest.mark.parametrize("method", ["torchdyn-rk4", "torchdyn-dopri5"])
-@each_way_back
-def test_a_model_that_goes_back_to_autograd_carries_the_column_again(mode: str, method: str) -> None:
-    problem = with_cost(method)
-    x = with_a_column(problem.y0)
-    expected = model_for(problem, BACKPROPAGATION, method)(x, problem.t)
-    moved = model_for(problem, mode, method)
-    moved.sensitivity = "autograd"
-    found = moved(x, problem.t)
-    assert torch.equal(found[1], expected[1])
-    assert found[1].shape[-1] == 4
-
-
 @each_way_back
 def test_midpoint_quadrature_in_closed_form(mode: str) -> None:
     """``x' = 0`` and ``l = x (1 + t)``: the midpoint rule is exact, ``x ((T - s) + (T^2 - s^2) / 2)``."""
@@ -334,45 +257,6 @@ def test_midpoint_quadrature_in_closed_form(mode: str) -> None:
     total = float(x.detach().sum())
     torch.testing.assert_close(of_x, torch.full((2, 1), 4.0, dtype=DOUBLE), rtol=1e-14, atol=0)
     torch.testing.assert_close(of_t, torch.tensor([-total, 0, 0, 3 * total], dtype=DOUBLE), rtol=1e-13, atol=1e-14)
-
-
-@each_way_back
-def test_a_state_that_is_a_number_in_closed_form(mode: str) -> None:
-    """Euler's method written out."""
-    x, rate = uniform(seed=4).requires_grad_(), uniform(seed=5).requires_grad_()
-    t = torch.linspace(0, 1, 6, dtype=DOUBLE)
-    problem = Problem(lambda t, x, args=None: rate * x, x, t, settings={"integral_loss": lambda t, x: x.square()})
-    found = torch.autograd.grad(returned(problem, mode, "torchdyn-euler")[1][-1], [x, rate])
-    total, y = torch.zeros((), dtype=DOUBLE), x
-    for start, end in itertools.pairwise(t):
-        total, y = total + (end - start) * y.square(), y + (end - start) * rate * y
-    torch.testing.assert_close(found, torch.autograd.grad(y + total, [x, rate]), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("solver", [DormandPrince45, Tsitouras45], ids=["dopri5", "tsit5"])
-@each_way_back
-def test_finite_differences_of_the_quadrature_on_the_accepted_steps(mode: str, solver: Any) -> None:
-    """The steps taken again by the solver's own rule, with the integral as a state of its own."""
-    instance, method = solver(DOUBLE), "torchdyn-dopri5"
-    problem = problem_for(method, time_grad=False)
-    problem.settings["solver"] = instance
-    wanted, field = problem.wanted(), problem.field
-    with steps_recorded(instance) as calls:
-        returned(problem, BACKPROPAGATION, method)
-    taken = accepted(calls)
-
-    def carrying(t: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([running(t, y[:, 1:])[:, None], field(t, y[:, 1:])], 1)
-
-    def total() -> float:
-        y, slope = with_a_column(problem.y0), None
-        for one in taken:
-            slope, y, *_ = instance.step(carrying, y, one.t, one.dt, k1=slope)
-        return float(y[:, 0].sum() + loss_of(y[:, 1:]))
-
-    problem.settings["integral_loss"] = running
-    slope, directions = directional(gradients_of(loss_of(returned(problem, mode, method)[1][-1]), wanted))
-    assert slope == pytest.approx(difference_quotient(total, wanted, directions), rel=1e-8)
 
 
 @each_way_back

@@ -109,32 +109,6 @@ def test_a_model_goes_back_to_autograd(mode: str, method: str, attribute: str) -
     assert found["idle"] is None
 
 
-@pytest.mark.parametrize("upstream", ["adjoint", "interpolated_adjoint"])
-@each_name
-def test_a_model_goes_over_to_a_mode_of_torchdyn(mode: str, upstream: str) -> None:
-    """The gradient is then the one that a model has which never knew of anything else."""
-    problem = problem_for("torchdyn-dopri5")
-    problem.t, wanted = torch.linspace(0, 1, 3), problem.wanted()
-    wanted.pop("t")
-    fresh = NeuralODE(problem.field, solver="dopri5", sensitivity=upstream)
-    moved = NeuralODE(problem.field, solver="dopri5", sensitivity=mode)
-    moved.sensitivity = upstream
-    expected, found = (model(problem.y0, problem.t) for model in (fresh, moved))
-    assert_equal_values(found, expected)
-    truth, gradients = (gradients_of(loss_of(solution[1]), wanted) for solution in (expected, found))
-    for name, gradient in truth.items():
-        one = gradients[name]
-        assert (gradient is None and one is None) or torch.equal(gradient, one)  # type: ignore[arg-type]
-
-
-@each_name
-def test_a_moved_model_says_what_it_is(mode: str) -> None:
-    model = NeuralODE(Mixing(6))
-    for name in (mode, "autograd"):
-        model.sensitivity = name
-        assert (model.sensitivity, model.sensalg, model.vf.sensitivity) == (name, name, name)
-
-
 # Options.
 
 
@@ -163,16 +137,6 @@ def test_options_that_are_no_dictionary_are_named(options: Any) -> None:
         model(problem.y0, problem.t)
 
 
-def test_options_may_change_between_two_calls() -> None:
-    problem, method = problem_for("torchdyn-dopri5"), "torchdyn-dopri5"
-    truth = gradients_of(loss_of(returned(problem, BACKPROPAGATION, method)[1]), problem.wanted())
-    model = model_for(problem, "symplectic", method)
-    for checkpoint in ("stages", "steps", "stages"):
-        model.adjoint_options = {"checkpoint": checkpoint}
-        found = gradients_of(loss_of(model(problem.y0, problem.t)[1]), problem.wanted())
-        assert_same_gradients(found, truth)
-
-
 # What others build upon torchdyn.
 
 
@@ -191,10 +155,3 @@ def test_a_subclass_may_know_names_of_its_own() -> None:
     problem.sensalg = "own"
     x, t = uniform(4, 3, seed=1), torch.linspace(0, 1, 6, dtype=DOUBLE)
     assert torch.equal(problem.odeint(x, t)[1], x.expand(6, 4, 3) * 2)
-
-
-def test_trajectory_needs_no_sensitivity_that_is_known() -> None:
-    model = NeuralODE(Mixing(6), "rk4", sensitivity=None)
-    model.sensitivity = model.sensalg = None
-    with torch.no_grad():
-        assert model.trajectory(uniform(2, 3, seed=1), torch.linspace(0, 1, 6, dtype=DOUBLE)).shape == (6, 2, 3)

@@ -12,8 +12,7 @@ import pytest
 pytest.importorskip("torchdyn")
 
 import torch
-from harness import MODES, Mixing, Problem, assert_exact, each_mode, first_step_held, loss_of, problem_for
-from torch import Tensor
+from harness import assert_exact, each_mode, loss_of, problem_for
 from torchdyn.core import MultipleShootingProblem, NeuralODE, ODEProblem
 from torchdyn.core.neuralde import MultipleShootingLayer
 from torchdyn_runs import model_for, returned
@@ -109,6 +108,7 @@ def test_order_of_imports(order: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_neither_torchdyn_nor_anything_else() -> None:
     code = (
         "import torch, torchdiffeq\n"
@@ -122,20 +122,6 @@ def test_importing_the_package_imports_neither_torchdyn_nor_anything_else() -> N
         "print(sorted(name for name in sys.modules if 'symplectic.hosts.torchdyn.' in name))\n"
     )
     assert run(code, *STRICT) == ["['torchdiffeq_symplectic']", "[]"]
-
-
-@pytest.mark.slow
-def test_unregistered_before_the_import_torchdyn_is_left_alone() -> None:
-    code = (
-        "import torchdiffeq_symplectic as package\n"
-        "package.unregister()\n"
-        "from torchdyn.core import ODEProblem\n"
-        "print(ODEProblem.odeint.__code__.co_filename.endswith('problems.py'), 'sensitivity' in vars(ODEProblem))\n"
-        "print(sorted(name for name in sys.modules if 'symplectic.hosts.torchdyn.' in name))\n"
-        "package.register()\n"
-        "use()\n"
-    )
-    assert run(code) == ["True False", "[]", *torchdiffeq_symplectic.MODES]
 
 
 # torchdyn absent, broken, or too old.
@@ -173,25 +159,6 @@ def test_without_torchdyn_all_else_works_and_nothing_is_said(how: str) -> None:
     )
     expected = [f"{mode} True" for mode in torchdiffeq_symplectic.MODES]
     assert run(code, *STRICT) == ["ModuleNotFoundError", "ModuleNotFoundError", *expected]
-
-
-@pytest.mark.slow
-def test_an_import_of_torchdyn_that_fails_may_be_tried_again() -> None:
-    """One of its own requirements is missing at first."""
-    code = (
-        "import torchdiffeq_symplectic\n"
-        "sys.modules['torchsde'] = None\n"
-        "print(attempt('import torchdyn.core'))\n"
-        "print('torchdyn.core.neuralde' in sys.modules)\n"
-        "del sys.modules['torchsde']\n"
-        "print(attempt('import torchdyn.core'))\n"
-        "use()\n"
-    )
-    first, there, second, *modes = run(code)
-    assert first.startswith("ModuleNotFoundError: import of torchsde halted")
-    assert there == "False"
-    assert second == "no error"
-    assert modes == list(torchdiffeq_symplectic.MODES)
 
 
 @pytest.mark.slow
@@ -304,49 +271,13 @@ def test_a_user_that_wraps_a_method_keeps_his_wrapper(monkeypatch: pytest.Monkey
 # Models across a change.
 
 
-@pytest.mark.parametrize("sensitivity", ["autograd", "adjoint", "interpolated_adjoint", "symplectic"])
-@pytest.mark.parametrize("cls", [ODEProblem, NeuralODE])
-def test_a_model_has_the_attributes_that_it_has_without_us(cls: Any, sensitivity: str) -> None:
-    def held() -> tuple[dict[str, str], ...]:
-        model = cls(Mixing(6), solver="dopri5", sensitivity=sensitivity)
-        parts = vars(model), model._modules, model._parameters, model._buffers, vars(model.vf)
-        return tuple({name: type(value).__name__ for name, value in part.items()} for part in parts)
-
-    with_us = held()
-    unregister()
-    try:
-        assert with_us == held()
-    finally:
-        register()
-
-
-def gradients(problem: Problem, model: Any) -> list[Tensor]:
-    with first_step_held():
-        _, solution = model(problem.y0, problem.t)
-    return [solution, *torch.autograd.grad(loss_of(solution), [problem.y0, *problem.field.parameters()])]  # type: ignore[attr-defined]
-
-
-@pytest.mark.parametrize("method", ["torchdyn-rk4", "torchdyn-dopri5"])
+@pytest.mark.parametrize("later", [False, True], ids=["made with it", "changed to it"])
 @each_mode
-def test_models_made_before_registering_have_the_modes(mode: str, method: str) -> None:
+def test_models_made_before_registering_have_the_modes(mode: str, later: bool) -> None:
     def make(field: Any, *, sensitivity: str, **settings: Any) -> Any:
         unregister()
         try:
-            return NeuralODE(field, sensitivity=sensitivity, **settings)
-        finally:
-            register()
-
-    problem = problem_for(method)
-    problem.settings["make"] = make
-    assert_exact(problem, mode, method)
-
-
-@each_mode
-def test_models_made_before_registering_may_change_to_a_mode(mode: str) -> None:
-    def make(field: Any, *, sensitivity: str, **settings: Any) -> Any:
-        unregister()
-        try:
-            model = NeuralODE(field, sensitivity="autograd", **settings)
+            model = NeuralODE(field, sensitivity="autograd" if later else sensitivity, **settings)
         finally:
             register()
         model.sensitivity = sensitivity
@@ -356,44 +287,6 @@ def test_models_made_before_registering_may_change_to_a_mode(mode: str) -> None:
     problem = problem_for("torchdyn-rk4")
     problem.settings["make"] = make
     assert_exact(problem, mode, "torchdyn-rk4")
-
-
-def test_models_made_while_registered_are_torchdyns_own_afterwards() -> None:
-    problem = problem_for("torchdyn-rk4", time_grad=False)
-    model: Any = model_for(problem, "symplectic", "torchdyn-rk4")
-    expected = gradients(problem, model_for(problem, "backprop", "torchdyn-rk4"))
-    unregister()
-    try:
-        assert model.sensitivity == "symplectic"
-        with pytest.raises(TypeError):  # what torchdyn makes of a name that it does not know
-            model(problem.y0, problem.t)
-        assert torch.equal(model.trajectory(problem.y0, problem.t), expected[0])
-        model.sensitivity = model.sensalg = model.vf.sensitivity = "autograd"
-        found = gradients(problem, model)
-    finally:
-        register()
-    assert all(map(torch.equal, found, expected))
-
-
-def test_a_solver_adjoint_that_names_a_mode_fails_without_us() -> None:
-    problem = problem_for("torchdyn-rk4", time_grad=False)
-    model: Any = NeuralODE(problem.field, solver="rk4", sensitivity="adjoint", solver_adjoint="symplectic")
-    unregister()
-    try:
-        with pytest.raises(KeyError, match="symplectic"):
-            gradients(problem, model)
-        with pytest.raises(KeyError, match="symplectic"):
-            NeuralODE(problem.field, solver="rk4", sensitivity="adjoint", solver_adjoint="symplectic")
-    finally:
-        register()
-
-
-@pytest.mark.usefixtures("unregistered")
-@each_mode
-def test_unregistered_torchdyn_knows_nothing_of_the_modes(mode: str) -> None:
-    problem = problem_for("torchdyn-rk4")
-    with pytest.raises(TypeError):
-        returned(problem, mode, "torchdyn-rk4")
 
 
 @each_mode
@@ -408,16 +301,3 @@ def test_solves_begun_before_unregistering_can_still_be_differentiated(mode: str
     finally:
         register()
     assert all(map(torch.equal, found, expected))
-
-
-def test_a_mode_of_a_users_own_is_known_to_torchdyn_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Renamed:
-        """The symplectic mode by another name."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torchdiffeq_symplectic.MODES["symplectic"], name)
-
-    monkeypatch.setitem(torchdiffeq_symplectic.MODES, "renamed", Renamed())
-    monkeypatch.setitem(MODES, "renamed", {"adjoint_method": "renamed"})
-    problem = problem_for("torchdyn-rk4")
-    assert_exact(problem, "renamed", "torchdyn-rk4")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -112,31 +111,6 @@ def test_blocks_that_end_out_of_order_take_out_their_own(differentiated: Callabl
     assert differentiated() == "aca"
     second.__exit__(None, None, None)
     assert differentiated() == UPSTREAM
-
-
-def test_another_thread_is_not_affected(differentiated: Callable[..., str]) -> None:
-    with ThreadPoolExecutor(1) as other:
-        other.submit(int).result()
-        with use("symplectic"):
-            assert other.submit(differentiated).result() == UPSTREAM
-            assert differentiated() == "symplectic"
-
-
-def test_threads_choose_for_themselves_at_the_same_time() -> None:
-    both_inside = threading.Barrier(2, timeout=60)
-    shared = use("symplectic")
-
-    def names(switch: use) -> list[str | None]:
-        found = []
-        with switch:
-            both_inside.wait()
-            found.append(name_of_current())
-            both_inside.wait()
-        return [*found, name_of_current()]
-
-    with ThreadPoolExecutor(2) as threads:
-        assert list(threads.map(names, [use("aca"), use("baseline")])) == [["aca", None], ["baseline", None]]
-        assert list(threads.map(names, [shared, shared])) == [["symplectic", None]] * 2
 
 
 def name_of_current() -> str | None:

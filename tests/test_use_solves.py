@@ -11,12 +11,10 @@ import pytest
 import torch
 import torchdiffeq
 from harness import (
-    BACKPROPAGATION,
     DOUBLE,
     KINDS,
     METHODS,
     Mixing,
-    MixingTuple,
     Problem,
     assert_equal_values,
     assert_exact,
@@ -31,7 +29,7 @@ from harness import (
 from torch import Tensor
 
 import torchdiffeq_symplectic
-from torchdiffeq_symplectic import ReplayError, register, unregister, use
+from torchdiffeq_symplectic import register, unregister, use
 
 Solver = Callable[..., Any]
 SCIPY: dict[str, Any] = {"method": "scipy_solver", "options": {"solver": "LSODA"}}
@@ -44,39 +42,6 @@ def test_gradients_are_none_where_backpropagation_has_none(mode: str, method: st
     problem = problem_for(method, time_grad=False)
     problem.extra = {"elsewhere": torch.nn.Parameter(uniform(2, seed=1))}
     assert "elsewhere" not in assert_exact(problem, mode, method)
-
-
-@over(["rk4", "dopri5"], USED)
-def test_tuples_decreasing_times_and_options_with_gradients(mode: str, method: str) -> None:
-    shapes: list[tuple[int, ...]] = [(2, 2), (3,)]
-    y0 = tuple(uniform(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
-    problem = Problem(MixingTuple(shapes), y0, T.flip(0).clone().requires_grad_())
-    name = "jump_t" if METHODS[method].adaptive else "step_size"
-    option = torch.tensor([0.5] if METHODS[method].adaptive else 0.13, dtype=DOUBLE, requires_grad=True)
-    problem.extra = {name: option}
-    assert_exact(problem, mode, method, options={name: option})
-
-
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_the_graph_of_the_solve_is_not_kept(method: str) -> None:
-    func, y0 = Mixing(4), uniform(4, seed=2)
-    alive: weakref.WeakSet[Any] = weakref.WeakSet()
-    t = torch.linspace(0, 4, 2, dtype=DOUBLE)
-
-    class Kept:
-        def __init__(self, tensor: Tensor) -> None:
-            self.tensor = tensor
-            alive.add(self)
-
-    def saved(mode: str) -> int:
-        alive.clear()
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            solution = solve(mode, func, y0, t, method)
-        assert solution.requires_grad
-        gc.collect()
-        return sum(kept.tensor.numel() for kept in alive)
-
-    assert saved("use:symplectic") * 10 < saved(BACKPROPAGATION)
 
 
 def test_leaves_that_an_evaluation_makes_are_not_kept() -> None:
@@ -124,22 +89,6 @@ def test_a_method_that_cannot_be_replayed_is_refused_if_a_gradient_is_needed(wha
         torchdiffeq.odeint(func, y0, t, **SCIPY)
 
 
-def test_the_option_for_a_replay_that_differs_is_heeded() -> None:
-    problem = problem_for("rk4", (3,))
-    calls: list[int] = []
-
-    def func(t: Tensor, y: Tensor) -> Tensor:
-        calls.append(0)
-        slope: Tensor = problem.field(t, y) * (1 + 0.01 * len(calls))
-        return slope
-
-    for options, expected in (({}, pytest.raises(ReplayError)), ({"replay_check": "warn"}, pytest.warns())):
-        with use("symplectic", **options):
-            solution = torchdiffeq.odeint(func, problem.y0, problem.t, method="rk4")
-        with expected:
-            loss_of(solution).backward()
-
-
 # odeint_adjoint under a choice, by every name of it.
 
 
@@ -174,28 +123,6 @@ def test_every_method_is_exact_under_every_mode(method: str, mode: str, odeint_a
     assert_exact_by(
         odeint_adjoint, problem_for(), use(mode), method=method, **settings, adjoint_options=settings["options"]
     )
-
-
-ARGUMENTS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "options": {"options": {"step_size": 0.1}},
-    "the solver's own name": {"adjoint_method": "rk4", "options": {"step_size": 0.1}},
-    "another solver's name": {"adjoint_method": "dopri5"},
-    "both": {"adjoint_method": "midpoint", "adjoint_options": {"step_size": 0.3}, "options": {}},
-    "tolerances": {"adjoint_rtol": 1e-1, "adjoint_atol": 1e-1, "rtol": 1e-3},
-    "seminorm": {"adjoint_options": {"norm": "seminorm"}, "options": {}},
-    "a norm": {"adjoint_options": {"norm": lambda state: state[0].abs().max()}, "options": {}},
-}
-
-
-@pytest.mark.parametrize("case", ARGUMENTS)
-def test_what_the_adjoint_is_asked_to_be_has_no_effect(case: str, odeint_adjoint: Solver) -> None:
-    assert_exact_by(odeint_adjoint, problem_for(), use("symplectic"), method="rk4", **ARGUMENTS[case])
-
-
-def test_the_check_of_adjoint_options_is_waived_where_the_name_can_be_reached() -> None:
-    arguments = {"method": "rk4", "options": {}, "adjoint_method": "dopri5"}
-    assert_exact_by(torchdiffeq.odeint_adjoint, problem_for(), use("symplectic"), **arguments)
 
 
 def test_refusals_are_upstreams(odeint_adjoint: Solver) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,27 +13,23 @@ import torch
 import torchdyn.numerics
 from harness import (
     DOUBLE,
+    arguments_of,
     assert_equal_values,
     assert_same_gradients,
+    each_mode,
     first_step_held,
     gradients_of,
     loss_of,
     over,
     uniform,
 )
+from outcomes import is_replayed
 from torch import Tensor, nn
 from torchdyn.core import MultipleShootingLayer, NeuralODE, ODEProblem
-from torchdyn.numerics import Euler, RungeKutta4
+from torchdyn.numerics import Euler
 
-from torchdiffeq_symplectic import register, set_default, unregister, use
+from torchdiffeq_symplectic import use
 
-MODES: dict[str, Callable[[], use]] = {
-    "symplectic": lambda: use("symplectic"),
-    "stages": lambda: use("symplectic", checkpoint="stages"),
-    "aca": lambda: use("aca"),
-    "baseline": lambda: use("baseline"),
-}
-each_mode = pytest.mark.parametrize("mode", MODES)
 SPAN = torch.linspace(0.0, 1.0, 5, dtype=DOUBLE)
 ENTRIES: dict[str, Callable[[Any, Tensor, str], Any]] = {
     "NeuralODE": lambda field, x, solver: NeuralODE(field, solver=solver, return_t_eval=False)(x, SPAN),
@@ -75,25 +70,19 @@ def state() -> Tensor:
     return uniform(4, 2, seed=3).requires_grad_()
 
 
-def is_recorded(solution: Tensor) -> bool:
-    """Whether the graph of the solution is this package's autograd function and not torchdyn's operations."""
-    met, stack = set(), [solution.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in met:
-            met.add(node)
-            stack += [following for following, _ in node.next_functions]
-    return solution.requires_grad and not any(node.name() == "MulBackward0" for node in met)
+def under(mode: str) -> use:
+    own = arguments_of(mode)
+    return use(own["adjoint_method"], **own.get("adjoint_options", {}))
 
 
 def assert_as_autograd(run: Callable[[], Tensor], wanted: dict[str, Tensor], mode: str) -> None:
     """``run()`` under ``mode`` gives the values and the gradients of torchdyn's backpropagation."""
     with first_step_held():
         truth = run()
-    with MODES[mode]():
+    with under(mode):
         found = run()
-    assert is_recorded(found)
-    assert not is_recorded(truth)
+    assert is_replayed(found)
+    assert not is_replayed(truth)
     assert_equal_values(found, truth)
     assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
 
@@ -112,26 +101,10 @@ def test_neural_odes_are_exact_whatever_their_sensitivity(mode: str, sensitivity
     net, x = Net(), state()
     wanted = {"x": x} | dict(net.named_parameters())
     truth = NeuralODE(net, solver="rk4", return_t_eval=False)(x, SPAN)
-    with MODES[mode]():
+    with under(mode):
         found = NeuralODE(net, solver="rk4", sensitivity=sensitivity, return_t_eval=False)(x, SPAN)
     assert_equal_values(found, truth)
     assert_same_gradients(gradients_of(loss_of(found), wanted), gradients_of(loss_of(truth), wanted))
-
-
-@pytest.mark.parametrize("entry", ["NeuralODE", "odeint"])
-def test_plain_functions_and_what_they_close_over(entry: str) -> None:
-    weight, net, x = uniform(2, seed=5).requires_grad_(), Net(), state()
-    wanted = {"x": x, "weight": weight} | dict(net.named_parameters())
-    assert_as_autograd(
-        lambda: ENTRIES[entry](lambda t, x, args=None: net(t, x) * weight, x, "rk4"), wanted, "symplectic"
-    )
-
-
-def test_a_running_cost_stays_where_the_model_has_it() -> None:
-    """Under "autograd" torchdyn carries it in the state, and so it does under a choice."""
-    net, x = Net(), torch.cat([torch.zeros(4, 1, dtype=DOUBLE), state()], dim=1).detach().requires_grad_()
-    model = NeuralODE(net, solver="rk4", return_t_eval=False, integral_loss=lambda t, x: x.square().sum(1))
-    assert_as_autograd(lambda: model(x, SPAN), {"x": x} | dict(net.named_parameters()), "symplectic")
 
 
 def test_a_model_that_names_a_mode_keeps_it() -> None:
@@ -139,37 +112,6 @@ def test_a_model_that_names_a_mode_keeps_it() -> None:
     model.adjoint_options = {"checkpoint": "sages"}
     with use("aca"), pytest.raises(ValueError, match="checkpoint"):
         model(state(), SPAN)
-
-
-def test_scope_threads_nesting_and_the_default() -> None:
-    net, x = Net(), state()
-    model = NeuralODE(net, solver="rk4", return_t_eval=False)
-
-    def recorded() -> bool:
-        return is_recorded(model(x, SPAN))
-
-    assert not recorded()
-    with use("symplectic"), ThreadPoolExecutor(1) as other:
-        assert recorded()
-        assert not other.submit(recorded).result()
-        with use(None):
-            assert not recorded()
-    assert use("aca")(recorded)()
-    assert not recorded()
-    set_default("aca")
-    assert recorded()
-    unregister()
-    assert not recorded()
-
-
-def test_unregistered_the_function_is_torchdyns_own() -> None:
-    unregister()
-    own = torchdyn.numerics.odeint
-    register()
-    assert torchdyn.numerics.odeint is not own
-    assert own.__globals__["odeint"] is own
-    unregister()
-    assert torchdyn.numerics.odeint is own
 
 
 class Linear(nn.Linear):
@@ -211,12 +153,4 @@ def test_arguments_of_the_function_that_no_mode_knows_leave_the_solve_to_torchdy
     with use("symplectic"):
         _, solution = torchdyn.numerics.odeint(Net(), state(), SPAN, "dopri5", return_all_eval=True)
     assert solution.requires_grad
-    assert not is_recorded(solution)
-
-
-def test_the_users_solver_is_left_as_it_is() -> None:
-    solver = RungeKutta4(DOUBLE)
-    before = dict(vars(solver))
-    with use("symplectic"):
-        torchdyn.numerics.odeint(Net(), state(), SPAN, solver)
-    assert vars(solver).keys() == before.keys()
+    assert not is_replayed(solution)

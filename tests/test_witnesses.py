@@ -70,17 +70,6 @@ def test_finite_differences(mode: str, method: str) -> None:
     torch.autograd.gradcheck(solving(mode, method), inputs, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=True)
 
 
-@over(["rk4", "dopri5"])
-def test_finite_differences_of_complex_state_and_parameters(mode: str, method: str) -> None:
-    inputs = (
-        uniform(1, 2, seed=1, dtype=torch.complex128).div(3).requires_grad_(),
-        torch.tensor([0.8, 0.33, 0.1], dtype=DOUBLE, requires_grad=True),
-        uniform(2, 2, seed=2, dtype=torch.complex128).div(3).requires_grad_(),
-        uniform(2, seed=3).requires_grad_(),
-    )
-    torch.autograd.gradcheck(solving(mode, method), inputs, eps=1e-6, atol=1e-7, rtol=1e-5, fast_mode=True)
-
-
 # Coefficients of the stability function R(z), the value after one step of y' = z y from 1.
 STABILITY: dict[str, list[float]] = {
     "euler": [1, 1],
@@ -119,23 +108,6 @@ def test_linear_field_against_its_discrete_solution(mode: str, method: str) -> N
     expected = torch.autograd.grad(weights @ truth, (y0, field.matrix))
     for gradient, right in zip(torch.autograd.grad(weights @ found, (y0, field.matrix)), expected, strict=True):
         assert relative_error(gradient, right) < EXACT
-
-
-@each_mode
-def test_euler_on_a_linear_field_against_the_sum_written_out(mode: str) -> None:
-    """``dL/dy0 = M^T^N w`` and ``dL/dA = h sum_n (M^T)^(N-1-n) w y_n^T`` with ``M = 1 + h A``."""
-    steps, h = 4, 0.3
-    field = Linear(uniform(3, 3, seed=5))
-    y0, w = uniform(3, seed=6).requires_grad_(), uniform(3, seed=7)
-    t = torch.arange(steps + 1, dtype=DOUBLE) * h
-    found = torchdiffeq.odeint_adjoint(field, y0, t, method="euler", **arguments_of(mode))[-1]
-    gradient, in_matrix = torch.autograd.grad(w @ found, (y0, field.matrix))
-    with torch.no_grad():
-        one_step = torch.eye(3, dtype=DOUBLE) + h * field.matrix
-        power = torch.linalg.matrix_power
-        terms = [torch.outer(power(one_step.t(), steps - 1 - n) @ w, power(one_step, n) @ y0) for n in range(steps)]
-        assert relative_error(gradient, power(one_step.t(), steps) @ w) < EXACT
-        assert relative_error(in_matrix, h * torch.stack(terms).sum(0)) < EXACT
 
 
 @each_mode
@@ -218,30 +190,3 @@ def test_product_of_adjoint_and_variation_is_conserved(mode: str, method: str) -
 def test_upstreams_adjoint_does_not_conserve_it(method: str) -> None:
     """So the test above can fail: with the same method, steps and grid, backwards in time."""
     assert drift(invariants(Mixing(6, seed=64), method, {})) > 1000 * EXACT
-
-
-@over([name for name in FIXED if name in METHODS])
-def test_gradient_against_forward_mode_through_the_solve(mode: str, method: str) -> None:
-    """``grad(L) . v`` against the derivative of L along v, by dual numbers through torchdiffeq's own solve."""
-    field = Mixing(6, seed=64)
-    parameters = {name: value.detach() for name, value in field.named_parameters()}
-    y0, weights = uniform(2, 3, seed=61), uniform(2, 3, seed=63)
-    tangents = {name: uniform(*value.shape, seed=70) for name, value in parameters.items()}
-
-    def loss(y0: Tensor, parameters: dict[str, Tensor]) -> Tensor:
-        def func(t: Tensor, y: Tensor) -> Tensor:
-            result: Tensor = torch.func.functional_call(field, parameters, (t, y))
-            return result
-
-        end: Tensor = torchdiffeq.odeint(func, y0, GRID, method=method)[-1]
-        return (end * weights).sum()
-
-    direction = uniform(2, 3, seed=62)
-    truth: Tensor = torch.func.jvp(loss, (y0, parameters), (direction, tangents))[1]
-    start = y0.clone().requires_grad_()
-    end = torchdiffeq.odeint_adjoint(field, start, GRID, method=method, **arguments_of(mode))[-1]
-    in_state, *in_parameters = torch.autograd.grad((end * weights).sum(), (start, *field.parameters()))
-    found = (in_state * direction).sum()
-    for gradient, tangent in zip(in_parameters, tangents.values(), strict=True):
-        found = found + (gradient * tangent).sum()
-    assert relative_error(found, truth) < EXACT

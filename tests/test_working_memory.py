@@ -8,7 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torchdiffeq
-from harness import HAS_TORCHDYN, MODES, Net, each_mode, initial, over, solve, times
+from harness import (
+    HAS_TORCHDYN,
+    MODES,
+    OF_TORCHDYN,
+    Net,
+    each_mode,
+    initial,
+    needs_torchdyn,
+    neural_ode,
+    over,
+    solve,
+    times,
+)
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.experiments.memory import live_bytes, peak_bytes
@@ -49,10 +61,14 @@ FIELDS: dict[str, Callable[[], nn.Module]] = {
 FIXED = ("euler", "midpoint", "heun3", "rk4")
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun")
 SLOW_DOPRI8 = pytest.param("dopri8", marks=pytest.mark.slow)
+TORCHDYN_RK4 = pytest.param("torchdyn-rk4", marks=needs_torchdyn)
 
 
 def steps_of(method: str, steps: int) -> dict[str, Any]:
     """Settings with which ``method`` takes ``steps`` equal steps from 0 to 1."""
+    if method in OF_TORCHDYN:
+        t = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        return {"method": method, "t": t, "call": {"save_at": t[[0, -1]]}}
     if method in FIXED:
         return {"method": method, "options": {"step_size": 1 / steps}}
     size = (1 + 1e-9) / steps
@@ -63,8 +79,9 @@ def problem(
     name: str, mode: str, method: str, steps: int, **arguments: Any
 ) -> tuple[Callable[[], Tensor], list[Tensor]]:
     """A solve of ``steps`` steps, measured once before so that what is computed once for good is there; its leaves."""
-    field, y0, t = FIELDS[name](), initial(BATCH, WIDTH), times(0.0, 1.0)
-    settings = {**steps_of(method, steps), **arguments}
+    field, y0 = FIELDS[name](), initial(BATCH, WIDTH)
+    settings = {"t": times(0.0, 1.0), **steps_of(method, steps), **arguments}
+    t = settings.pop("t")
 
     def run() -> Tensor:
         if mode == "upstream":
@@ -83,7 +100,7 @@ def peak(name: str, mode: str, method: str, steps: int) -> int:
     return peak_bytes(lambda: torch.autograd.grad(run().sum(), leaves), "cpu")
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", SLOW_DOPRI8, "bosh3", "euler"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", SLOW_DOPRI8, "bosh3", "euler", TORCHDYN_RK4])
 @pytest.mark.parametrize("mode", ["symplectic", pytest.param("aca", marks=pytest.mark.slow)])
 def test_peak_grows_by_one_state_a_step(mode: str, method: str) -> None:
     few, many = (peak("network", mode, method, steps) for steps in (16, 24))
@@ -97,12 +114,18 @@ def test_peak_grows_by_two_states_where_a_slope_is_carried(method: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "stages"), [("rk4", 4), ("dopri5", 6), pytest.param("dopri8", 13, marks=pytest.mark.slow)]
+    ("method", "stages"),
+    [
+        ("rk4", 4),
+        ("dopri5", 6),
+        pytest.param("dopri8", 13, marks=pytest.mark.slow),
+        pytest.param("torchdyn-rk4", 4, marks=needs_torchdyn),
+    ],
 )
 def test_peak_of_kept_stages_grows_by_a_state_and_its_slopes(method: str, stages: int) -> None:
     few, many = (peak("network", "stages", method, steps) for steps in (16, 24))
     # The host keeps the slopes of an adaptive step in one block, the one carried in among them.
-    assert (many - few) / 8 / STATE <= stages + 1.1 + (method != "rk4")
+    assert (many - few) / 8 / STATE <= stages + 1.1 + (method in ADAPTIVE)
 
 
 @pytest.mark.parametrize("method", ["rk4", "dopri5", SLOW_DOPRI8])
@@ -138,13 +161,14 @@ def test_symplectic_needs_no_more_than_aca_and_that_less_than_baseline(name: str
         assert aca < baseline
 
 
+@pytest.mark.parametrize("method", ["rk4", TORCHDYN_RK4])
 @pytest.mark.parametrize("steps", [2, 10])
-def test_symplectic_needs_less_than_aca_by_the_graphs_of_the_other_stages(steps: int) -> None:
+def test_symplectic_needs_less_than_aca_by_the_graphs_of_the_other_stages(steps: int, method: str) -> None:
     hidden = BATCH * 4 * WIDTH * 8  # bytes that the graph of one stage keeps at least: tanh's value
-    assert peak("network", "aca", "rk4", steps) - peak("network", "symplectic", "rk4", steps) > 2.5 * hidden
+    assert peak("network", "aca", method, steps) - peak("network", "symplectic", method, steps) > 2.5 * hidden
 
 
-@pytest.mark.parametrize("method", ["rk4", "dopri5", SLOW_DOPRI8])
+@pytest.mark.parametrize("method", ["rk4", "dopri5", SLOW_DOPRI8, TORCHDYN_RK4])
 @pytest.mark.parametrize(("mode", "states"), [("symplectic", 1), ("aca", 1), ("baseline", 0)])
 def test_the_solve_alone_keeps_one_state_a_step(mode: str, states: int, method: str) -> None:
     steps = 8
@@ -291,6 +315,20 @@ def test_after_backward_only_gradients_are_alive(mode: str, name: str) -> None:
     assert live_bytes(lambda: [without_gradients() for _ in range(2)][-1], "cpu") == held + gradients + tolerances
 
 
+@needs_torchdyn
+@pytest.mark.parametrize("solver", ["rk4", "dopri5"])
+@each_mode
+def test_after_backward_only_gradients_are_alive_in_torchdyn(mode: str, solver: str) -> None:
+    model, x = neural_ode(mode, Net(WIDTH, 8), solver=solver), initial(BATCH, WIDTH)
+    wanted = [x, *model.vf.parameters()]
+
+    def run() -> Any:
+        return torch.autograd.grad(model(x, torch.linspace(0, 1, 6))[1].sum(), wanted)
+
+    run()
+    assert live_bytes(run, "cpu") == sum(tensor.nbytes for tensor in wanted)
+
+
 @each_mode
 def test_a_loss_that_is_held_holds_nothing_else(mode: str) -> None:
     net, y0 = Net(WIDTH, 8), initial(BATCH, WIDTH)
@@ -345,22 +383,6 @@ def test_the_rows_of_the_solution_are_the_checkpoints_where_every_step_is_an_out
 
     solution = bytes_of(run())
     assert live_bytes(run, "cpu") - solution < (2.5 if tuple_state else 1.5) * STATE
-
-
-@pytest.mark.parametrize("method", ["rk4", "dopri5"])
-def test_what_is_kept_does_not_depend_on_the_garbage_collector(method: str) -> None:
-    """Many iterations with the collector off: no cycle holds a tensor."""
-    run, leaves = of_a_tensor("symplectic", method, **({} if method == "rk4" else LOOSE))
-    held, gradients = bytes_of(run()), sum(leaf.nbytes for leaf in leaves)
-
-    def iterations() -> Any:
-        for _ in range(5):
-            for leaf in leaves:
-                leaf.grad = None
-            solution = run()
-        return solution
-
-    assert live_bytes(iterations, "cpu") == held + gradients
 
 
 def test_dopri8_on_the_benchmarks_network_needs_less_than_the_papers_own_code() -> None:

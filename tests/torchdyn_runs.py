@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import BACKPROPAGATION, DOUBLE, METHODS, Mixing, Problem, first_step_held, neural_ode, problem_for, uniform
+from harness import BACKPROPAGATION, DOUBLE, METHODS, Mixing, Problem, first_step_held, neural_ode, problem_for
 from torch import Tensor, nn
 
 each_kind = pytest.mark.parametrize("method", ["torchdyn-rk4", "torchdyn-dopri5", "torchdyn-hyper-euler"])
@@ -89,29 +89,3 @@ def accepted(calls: list[TakenStep]) -> list[TakenStep]:
     """Those that the solver went on from, and the last."""
     followed = [one for one, other in itertools.pairwise(calls) if other.x is one.end]
     return [*followed, calls[-1]]
-
-
-def directional(gradients: dict[str, Tensor | None]) -> tuple[float, dict[str, Tensor]]:
-    """The derivative along fixed directions that gradients say, and the directions."""
-    directions = {
-        name: uniform(*gradient.shape, seed=60 + i)
-        for i, (name, gradient) in enumerate(gradients.items())
-        if gradient is not None
-    }
-    products = [(gradients[name], direction) for name, direction in directions.items()]
-    return sum(float((gradient * direction).sum()) for gradient, direction in products if gradient is not None), (
-        directions
-    )
-
-
-def difference_quotient(value: Any, wanted: dict[str, Tensor], directions: dict[str, Tensor]) -> float:
-    """Of ``value()`` when the tensors are moved along the directions; central."""
-    values = []
-    with torch.no_grad():
-        for shift in (1e-5, -2e-5):
-            for name, direction in directions.items():
-                wanted[name] += shift * direction
-            values.append(value())
-        for name, direction in directions.items():
-            wanted[name] += 1e-5 * direction
-    return float(values[0] - values[1]) / 2e-5

@@ -6,9 +6,8 @@ first step constant, as the modes do. Import this after ``pytest.importorskip("t
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,22 +96,3 @@ def assert_same_training(build: Build, loss: Loss, mode: str, *, same_losses: bo
         errors = {name: relative_error(actual[name], value) for name, value in expected.items()}
         assert max(errors.values()) <= TRAINING_TOLERANCE, errors
     return model
-
-
-def assert_same_pass(
-    build: Build, loss: Callable[[Any, Mapping[str, Tensor]], Tensor], mode: str, inputs: Mapping[str, Tensor]
-) -> None:
-    """The loss in a mode is backpropagation's to the bit, and so are the gradients of inputs and parameters nearly."""
-    losses, gradients = [], []
-    for name, held in (("autograd", first_step_held()), (mode, contextlib.nullcontext())):
-        leaves = {key: value.detach().clone().requires_grad_() for key, value in inputs.items()}
-        model = built(build, name)
-        with held:
-            torch.manual_seed(1000)
-            value = loss(model, leaves)
-            value.backward()
-        losses.append(value.detach())
-        gradients.append(gradients_held_by(model) | {key: leaf.grad for key, leaf in leaves.items()})
-    assert torch.equal(losses[1], losses[0])
-    assert any(gradient is not None and gradient.norm() > 0 for gradient in gradients[0].values())
-    assert_same_gradients(gradients[1], gradients[0], torch.float64)

@@ -1,7 +1,7 @@
 """Calls of torchdiffeq that have nothing to do with this package, and everything that can be seen of their outcome.
 
-``test_torchdiffeq_unchanged.py`` runs them with this package registered, taken back, and, as a script in a process of
-its own, never imported: ``python upstream_calls.py FILE`` writes the outcomes to a file.
+``test_unchanged.py`` runs them with this package registered, taken back, and, as a script in a process of
+its own, never imported: ``python torchdiffeq_upstream_calls.py FILE`` writes the outcomes to a file.
 """
 
 from __future__ import annotations
