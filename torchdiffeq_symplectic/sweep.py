@@ -15,7 +15,7 @@ from torchdiffeq_symplectic.recording import Keep, norm_of
 from torchdiffeq_symplectic.replay import ReplayCheck
 from torchdiffeq_symplectic.tape import Step, Stepper, Tape, Times
 
-__all__ = ["Gradients", "backpropagate", "sweep"]
+__all__ = ["Gradients", "backpropagate", "replayed", "sweep"]
 
 Cotangents = list[Tensor | None]
 
@@ -177,7 +177,7 @@ def backpropagate(
         else:
             initial = [_leaf(part) for part in tape.initial]
             vectors = [vector.detach().requires_grad_(field.wants_time) for vector in times]
-        rows = _replayed(tape, stepper, field, check, initial, vectors)
+        rows = replayed(tape, stepper, field, check, initial, vectors)
         values, cotangents = [], []
         for output, parts in rows.items():
             values += parts
@@ -198,7 +198,7 @@ def backpropagate(
     )
 
 
-def _replayed(
+def replayed(
     tape: Tape, stepper: Stepper, field: Field, check: ReplayCheck, initial: list[Tensor], vectors: Sequence[Tensor]
 ) -> dict[int, list[Tensor]]:
     """The parts of each output by its number, of a solve done again in the present gradient mode."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import pyfunctorch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Rows", "is_batched", "is_followed_forward", "is_transformed", "is_vmapped"]
+__all__ = ["Rows", "Untransformed", "is_batched", "is_followed", "is_vmapped", "value_of"]
 
 
-def is_followed_forward() -> bool:
-    """Whether forward-mode differentiation is on, as by `torch.autograd.forward_ad.dual_level`."""
-    return bool(forward_ad._current_level >= 0)
+def is_followed() -> bool:
+    """Whether a transform of ``torch.func`` is at work in this thread, or forward-mode differentiation is on."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_batched(tensor: Tensor | None) -> bool:
@@ -23,15 +26,37 @@ def is_batched(tensor: Tensor | None) -> bool:
     return tensor is not None and (functorch.is_legacy_batchedtensor(tensor) or functorch.is_batchedtensor(tensor))
 
 
-def is_transformed() -> bool:
-    """Whether a transform of ``torch.func`` is at work in this thread."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
 def is_vmapped() -> bool:
-    """Whether one of these is ``vmap``."""
+    """Whether one of the transforms at work is ``vmap``."""
     stack = torch._C._functorch.get_interpreter_stack() or ()
     return any(interpreter.key() == torch._C._functorch.TransformType.Vmap for interpreter in stack)
+
+
+def value_of(given: Any) -> Any:
+    """A tensor without what transforms, forward mode and autograd wrap it in; anything else as it is."""
+    if not isinstance(given, Tensor):
+        return given
+    while torch._C._functorch.is_functorch_wrapped_tensor(given):
+        given = torch._C._functorch.get_unwrapped(given)
+    return given.detach()
+
+
+class Untransformed(contextlib.ExitStack):
+    """A block in which no transform of ``torch.func`` is at work."""
+
+    def __enter__(self) -> Untransformed:
+        super().__enter__()
+        self._transforms = self.enter_context(pyfunctorch.temporarily_clear_interpreter_stack())
+        return self
+
+    def values_of(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """The values of ``func``, which is called under the transforms, as what it holds may be transformed."""
+
+        def evaluate(*args: Any) -> Any:
+            with pyfunctorch.temporarily_restore_interpreter_stack(self._transforms):
+                return value_of(func(*args))
+
+        return evaluate
 
 
 class Rows(TorchFunctionMode):

@@ -32,9 +32,6 @@ class _Mark(torch.autograd.Function):
         return cotangents[0], None
 
 
-_LOOKS = 2
-
-
 class Captured:
     """The tensors made outside of a field that its evaluations reach: leaves, and results of other operations.
 
@@ -45,17 +42,22 @@ class Captured:
         held: tensors that the field is known to hold.
         random: the generators that it may draw from.
         watched: tensors that a later evaluation may reach, if the first do not.
+        looks: how many evaluations are looked at in any case; the first may fill caches that the second uses.
 
     Attributes:
         walked_through: whether one was met whose holder is not known, so that what it was computed from is reached.
     """
 
     def __init__(
-        self, held: Iterable[Tensor], random: RandomState | None = None, watched: Iterable[Tensor] = ()
+        self,
+        held: Iterable[Tensor],
+        random: RandomState | None = None,
+        watched: Iterable[Tensor] = (),
+        looks: int = 2,
     ) -> None:
         self._random = random
         self._missing = {id(tensor): tensor for tensor in watched if tensor.requires_grad}
-        self._looks = 0
+        self._looks = looks
         self.walked_through = False
         self._known: dict[Edge, Tensor] = {}
         self.know(tensor for tensor in held if not tensor.is_leaf)
@@ -71,10 +73,8 @@ class Captured:
 
     @property
     def looks(self) -> bool:
-        """Whether the next evaluation is to be looked at: the first two, as the first may fill caches that the second
-        uses, and others until all that is watched was reached.
-        """
-        return self._looks < _LOOKS or bool(self._missing)
+        """Whether the next evaluation is to be looked at: some in any case, others until all watched was reached."""
+        return self._looks > 0 or bool(self._missing)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -100,7 +100,7 @@ class Captured:
 
         The result has no graph, unless it is ``linked`` to that of ``y``.
         """
-        self._looks += 1
+        self._looks -= 1
         t = t.detach()
         with torch.enable_grad(), _saved_as_they_are():
             parts, rebuild = pytree.tree_flatten(y)

@@ -15,8 +15,9 @@ import torchdiffeq as host
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.context import chosen_by
+from torchdiffeq_symplectic.hosts.torchdiffeq._call import Call
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import SOLVERS, _check_inputs, _flat_to_shape, adjoint
-from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
+from torchdiffeq_symplectic.hosts.torchdiffeq._solving import solve
 from torchdiffeq_symplectic.hosts.torchdiffeq._table import Table
 from torchdiffeq_symplectic.modes import MODES
 

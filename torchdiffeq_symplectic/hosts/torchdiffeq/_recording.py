@@ -26,6 +26,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._steps import (
 from torchdiffeq_symplectic.listener import Call, Listener
 from torchdiffeq_symplectic.recording import Keep, Recording
 from torchdiffeq_symplectic.tape import Times
+from torchdiffeq_symplectic.transforms import is_followed, value_of
 
 __all__ = ["AdaptiveRecorder", "FixedRecorder"]
 
@@ -132,7 +133,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         if not len(self.recording):
             return Times(t[:0], t[:0], t[:0], outputs)
         start, size, end = (torch.stack(times) for times in (self._starts, self._sizes, self._ends))
-        if any(tensor is not None and tensor.requires_grad for tensor in (t, step_t, jump_t)):
+        if is_followed() or any(tensor is not None and tensor.requires_grad for tensor in (t, step_t, jump_t)):
             shift, origin = self._anchors(t, step_t, jump_t)
             start = start + shift[origin[:-1]]
             end = end + shift[origin[1:]]
@@ -144,7 +145,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
         anchors = [t[0]]
         origin = [0]
         options = [
-            (_sort_tvals(given.to(self.dtype), t[0].detach()), used)
+            (_sort_tvals(given.to(self.dtype), value_of(t[0])), used)
             for given, used in ((step_t, self.step_t), (jump_t, self.jump_t))
             if given is not None and len(used)
         ]
@@ -155,7 +156,7 @@ class AdaptiveRecorder(RKAdaptiveStepsizeODESolver):  # type: ignore[misc]
                     anchors.append(given[end.storage_offset() - used.storage_offset()])
             origin.append(len(anchors) - 1)
         stacked = torch.stack(anchors)
-        return stacked - stacked.detach(), torch.tensor(origin, device=t.device)
+        return stacked - value_of(stacked), torch.tensor(origin, device=t.device)
 
 
 class FixedRecorder(FixedGridODESolver):  # type: ignore[misc]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +12,15 @@ from torch import Tensor
 from torchdiffeq_symplectic.errors import UnsupportedSolverError
 from torchdiffeq_symplectic.graph import edge_of, is_behind
 from torchdiffeq_symplectic.held import Held, refuse_sharded, search
+from torchdiffeq_symplectic.hosts.torchdiffeq._call import Call, recorder_of
+from torchdiffeq_symplectic.hosts.torchdiffeq._followed import followed
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     SOLVERS,
     AdamsBashforthMoulton,
     FixedGridODESolver,
     RKAdaptiveStepsizeODESolver,
-    _PerturbFunc,
-    _ReverseFunc,
-    _TupleFunc,
 )
-from torchdiffeq_symplectic.hosts.torchdiffeq._recording import AdaptiveRecorder, FixedRecorder
+from torchdiffeq_symplectic.hosts.torchdiffeq._recording import FixedRecorder
 from torchdiffeq_symplectic.hosts.torchdiffeq._steps import AdaptiveStepper
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.listener import Listener, with_graph
@@ -31,49 +28,10 @@ from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.recording import Keep, Recording
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, missing_gradients, warn_of_escaped, warn_of_missing
-from torchdiffeq_symplectic.transforms import Rows, is_followed_forward, is_transformed, is_vmapped
+from torchdiffeq_symplectic.transforms import is_followed
 from torchdiffeq_symplectic.uses import Captured
 
-__all__ = ["Call", "solve"]
-
-
-@dataclasses.dataclass
-class Call:
-    """The arguments of a solve as torchdiffeq normalises them: a flat state, increasing times, a wrapped field.
-
-    Attributes:
-        func: torchdiffeq's outermost wrapper of the field.
-        y0: initial state; t: increasing times, shape ``(T,)``.
-        rtol, atol: floats or tensors that broadcast with ``y0``.
-        method, options, event_fn: as torchdiffeq takes them.
-        params: tensors that gradients are wanted for; None for all that the field uses.
-        adjoint_options: of the mode, and upstream's, which have no effect.
-    """
-
-    func: Any
-    y0: Tensor
-    t: Tensor
-    rtol: Any
-    atol: Any
-    method: str
-    options: dict[str, Any]
-    event_fn: Callable[[Tensor, Tensor], Tensor] | None
-    params: Sequence[Tensor] | None
-    adjoint_options: Mapping[str, Any]
-
-    @property
-    def given(self) -> Callable[..., Any]:
-        """The field that the user passed."""
-        func = self.func
-        while isinstance(func, _PerturbFunc | _ReverseFunc | _TupleFunc):
-            func = func.base_func
-        result: Callable[..., Any] = func
-        return result
-
-    def option(self, name: str) -> Tensor | None:
-        """An option that may be a tensor with a gradient."""
-        value = self.options.get(name)
-        return value if isinstance(value, Tensor) else None
+__all__ = ["solve"]
 
 
 def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
@@ -85,8 +43,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
     mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
-    if is_transformed() or is_followed_forward():
-        return _followed(mode, call)
+    if is_followed():
+        return followed(mode, call)
     if not torch.is_grad_enabled():
         return _plain(call, call.func)
     sources = [call.y0, call.t, *map(call.option, ("step_t", "jump_t", "step_size")), _grid(call)]
@@ -120,7 +78,7 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
     with torch.no_grad():
         solver.start_recording(recording, listener)
         recording.at_start.append(0)
-        event_t, solution = _run(solver, call.t.detach(), call.event_fn)
+        event_t, solution = call.run(solver, call.t.detach())
         recording.finish([solver.final_state], [solution])
     listener.close()
     conditions.solved()
@@ -171,44 +129,17 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 def _grid(call: Call) -> Tensor | None:
     """The grid of a constructor that the user gave, which is called once: it may be what needs a gradient."""
     constructor = call.options.get("grid_constructor")
-    if constructor is None or call.event_fn is not None or not issubclass(SOLVERS[call.method], FixedGridODESolver):
+    if constructor is None or call.event_fn is not None or not issubclass(call.solver_class, FixedGridODESolver):
         return None
     grid: Tensor = constructor(call.func, call.y0, call.t)
     call.options = {**call.options, "grid_constructor": lambda func, y0, t: grid}
     return grid
 
 
-def _run(solver: Any, t: Tensor, event_fn: Callable[[Tensor, Tensor], Tensor] | None) -> tuple[Tensor | None, Tensor]:
-    """The solve as torchdiffeq does it."""
-    return (None, solver.integrate(t)) if event_fn is None else solver.integrate_until_event(t[0], event_fn)
-
-
 def _plain(call: Call, func: Callable[..., Tensor]) -> tuple[Tensor | None, Tensor]:
     """The solve where no gradient is asked for: nothing is recorded, nothing kept."""
     with torch.no_grad():
-        return _run(_solver(SOLVERS[call.method], call, func), call.t, call.event_fn)
-
-
-def _followed(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
-    """torchdiffeq's own solve, for a transform of ``torch.func`` or forward-mode differentiation to follow.
-
-    Raises:
-        NotImplementedError: before the solve, if it chooses its steps by values, or writes to memory out of sight.
-    """
-    solver = SOLVERS[call.method]
-    is_fixed = issubclass(solver, FixedGridODESolver)
-    if is_vmapped() and is_fixed and call.event_fn is None and not getattr(solver, "implicit", False):
-        with Rows(len(call.t)) as rows:
-            _, solution = _run(_solver(solver, call, call.func, call.y0), call.t, None)
-            return None, rows.stacked(solution)
-    if is_vmapped() or not is_fixed:
-        raise NotImplementedError(
-            f'method="{call.method}" under adjoint_method="{mode.name}" cannot be followed by torch.func.vmap, nor can '
-            "adaptive methods by other transforms of torch.func or in forward mode, as torchdiffeq's steps depend on "
-            'values there. Use an explicit fixed-grid method, such as "rk4" with a step_size; or put the batch into a '
-            "dimension of y0, and differentiate by torch.autograd.grad, which takes is_grads_batched=True."
-        )
-    return _run(_solver(solver, call, call.func, call.y0), call.t, call.event_fn)
+        return call.run(call.solver(call.solver_class, func), call.t)
 
 
 class _Needed(Exception):  # noqa: N818 (caught: no error)
@@ -250,8 +181,8 @@ class _Looking:
 
 def _recording_solver(mode: Mode, call: Call) -> Any:
     """An instance of the method's solver class that also records. Its own warnings and errors are upstream's."""
-    solver = SOLVERS[call.method]
-    recording = _recorder(solver)
+    solver = call.solver_class
+    recording = recorder_of(solver)
     name = f'method="{call.method}" cannot be differentiated by adjoint_method="{mode.name}"'
     if recording is None:
         raise UnsupportedSolverError(
@@ -259,7 +190,7 @@ def _recording_solver(mode: Mode, call: Call) -> Any:
             "method, or leave this solve to torchdiffeq: by one of its own adjoint methods or, inside "
             "torchdiffeq_symplectic.use, by `with torchdiffeq_symplectic.use(None):`."
         )
-    instance = _solver(recording, call, call.func)
+    instance = call.solver(recording, call.func)
     one_step = not issubclass(solver, AdamsBashforthMoulton)
     if issubclass(solver, RKAdaptiveStepsizeODESolver):
         one_step = AdaptiveStepper.evaluates_carry(instance)
@@ -269,23 +200,6 @@ def _recording_solver(mode: Mode, call: Call) -> Any:
             'adjoint_method="symplectic", or a method that starts from the state alone, such as "rk4" or "dopri5".'
         )
     return instance
-
-
-def _solver(solver: type, call: Call, func: Callable[..., Tensor], y0: Tensor | None = None) -> Any:
-    """An instance of a solver class, for ``func`` in the place of the wrapped field."""
-    # Detached: a field may mark the state that it is given as requiring gradients, and that is not to be the caller's.
-    y0 = call.y0.detach() if y0 is None else y0
-    return solver(func=func, y0=y0, rtol=call.rtol, atol=call.atol, **call.options)
-
-
-@functools.cache
-def _recorder(solver: type) -> type | None:
-    """The class of ``solver`` with a recorder mixed in, or None."""
-    if issubclass(solver, FixedGridODESolver):
-        return type(solver.__name__, (FixedRecorder, solver), {})
-    if issubclass(solver, RKAdaptiveStepsizeODESolver):
-        return type(solver.__name__, (AdaptiveRecorder, solver), {})
-    return None
 
 
 def _options_of_upstream() -> frozenset[str]:

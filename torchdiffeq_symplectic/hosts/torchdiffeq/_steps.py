@@ -20,6 +20,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import AdaptiveSw
 from torchdiffeq_symplectic.hosts.torchdiffeq._linear_fixed import FixedSweep, coefficients_of
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.tape import Linear, Step, Tape
+from torchdiffeq_symplectic.transforms import is_followed
 
 __all__ = ["AdaptiveStepper", "FixedStepper", "Grid", "Jump", "Memory", "copied", "same"]
 
@@ -71,7 +72,8 @@ class AdaptiveStepper:
         func = Timed(field)
         y, *slopes = carry
         f = slopes[0] if slopes else func(step.start, y)
-        y1, f1, _, k = _runge_kutta_step(func, y, f, step.start, step.size, step.end, self.tableau)
+        take = _followed_step if is_followed() else _runge_kutta_step
+        y1, f1, _, k = take(func, y, f, step.start, step.size, step.end, self.tableau)
         outputs = []
         if step.times:
             coefficients = self._solver._interp_fit(y, y1, k, step.size)
@@ -86,6 +88,22 @@ class AdaptiveStepper:
         if not initial.dtype.is_floating_point or not forms_states_of(self.tableau):
             return None
         return AdaptiveSweep(self, tape, field, check)
+
+
+def _followed_step(
+    func: Timed, y0: Tensor, f0: Tensor, t0: Tensor, dt: Tensor, t1: Tensor, tableau: Any
+) -> tuple[Tensor, Tensor, None, Tensor]:
+    """``_runge_kutta_step`` without its assignment in place, which transforms cannot follow; bit for bit the same."""
+    t0, dt, t1 = (time.to(y0.dtype.to_real()) for time in (t0, dt, t1))
+    slopes = [f0, *[torch.zeros_like(f0)] * len(tableau.alpha)]
+    k, y = torch.stack(slopes, -1), y0
+    for i, (node, row) in enumerate(zip(tableau.alpha, tableau.beta, strict=True)):
+        y = y0 + torch.sum(k[..., : i + 1] * (row * dt), dim=-1).view_as(f0)
+        slopes[i + 1] = func(t1, y, perturb=Perturb.PREV) if node == 1 else func(t0 + node * dt, y)
+        k = torch.stack([slope.to(y0.dtype).expand_as(f0) for slope in slopes], -1)
+    if not ends_in_state(tableau):
+        y = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1).view_as(f0)
+    return y, k[..., -1], None, k
 
 
 def ends_in_state(tableau: Any) -> bool:

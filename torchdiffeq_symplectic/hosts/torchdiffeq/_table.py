@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.context import Choice, current
-from torchdiffeq_symplectic.hosts.torchdiffeq._solving import Call, solve
+from torchdiffeq_symplectic.hosts.torchdiffeq._call import Call
+from torchdiffeq_symplectic.hosts.torchdiffeq._solving import solve
 
 __all__ = ["Table"]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.hosts.torchdiffeq._host import Perturb, _nextafter
+from torchdiffeq_symplectic.transforms import is_followed, value_of
 
 __all__ = ["Timed"]
 
@@ -32,7 +33,10 @@ class Timed:
             t = t.to(dtype)
         if perturb is not Perturb.NONE:
             to = t + 1 if perturb is Perturb.NEXT else t - 1
-            t = _nextafter(t, to) if t.requires_grad else torch.nextafter(t, to)
+            if is_followed():
+                t = t + (torch.nextafter(value_of(t), value_of(to)) - value_of(t))
+            else:
+                t = _nextafter(t, to) if t.requires_grad else torch.nextafter(t, to)
         return self._evaluate(t, y)
 
     def __getattr__(self, name: str) -> Any:

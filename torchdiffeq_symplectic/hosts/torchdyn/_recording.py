@@ -24,7 +24,7 @@ from torchdiffeq_symplectic.recording import Keep, Recording
 from torchdiffeq_symplectic.tape import Times
 from torchdiffeq_symplectic.uses import Captured
 
-__all__ = ["Recorder"]
+__all__ = ["NOT_FOLLOWED", "Recorder"]
 
 
 @dataclasses.dataclass
@@ -52,6 +52,7 @@ class _Attempt:
     handed: Tensor | None = None
 
 
+NOT_FOLLOWED = "autograd cannot follow its step back to the state that it starts from"
 _CANNOT_INTEGRATE = "its step cannot integrate integral_loss along with the state"
 
 
@@ -146,7 +147,7 @@ class Recorder:
 
             result = self._solver.step(linked, state, t, dt, k1=k1, args=args)
             if not self._captured.look_at_step(parts_of(result[1], self._keys), start):
-                raise self._refuse("autograd cannot follow its step back to the state that it starts from")
+                raise self._refuse(NOT_FOLLOWED)
         self.has_tensors = True
         return detached(result)
 

@@ -10,17 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from torchdiffeq_symplectic.errors import UnsupportedSolverError
+from torchdiffeq_symplectic.graph import edge_of, is_behind
 from torchdiffeq_symplectic.held import refuse_sharded, search
 from torchdiffeq_symplectic.hosts.torchdyn._host import PLAIN_SOLVERS, Tsitouras45, odeint, str_to_interp
 from torchdiffeq_symplectic.hosts.torchdyn._in_place_of import RecordingInterpolator, RecordingSolver
-from torchdiffeq_symplectic.hosts.torchdyn._recording import Recorder
+from torchdiffeq_symplectic.hosts.torchdyn._recording import NOT_FOLLOWED, Recorder
 from torchdiffeq_symplectic.hosts.torchdyn._states import State, parts_of, state_of, tensors_in
 from torchdiffeq_symplectic.hosts.torchdyn._steps import Cost, SolverStepper
-from torchdiffeq_symplectic.listener import Listener, detached, with_graph
+from torchdiffeq_symplectic.listener import Listener, detached, differentiable, with_graph
 from torchdiffeq_symplectic.modes import Mode, configured
 from torchdiffeq_symplectic.recording import Recording
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.solve_function import Solve, attach, warn_of_escaped
+from torchdiffeq_symplectic.transforms import Untransformed, is_followed, is_vmapped, value_of
 from torchdiffeq_symplectic.uses import Captured
 
 __all__ = ["Call", "PlainField", "needs_gradient", "solve"]
@@ -108,6 +110,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
     mode, check = configured(mode, call.options)
+    if is_followed():
+        return _followed(mode, call)
     if not torch.is_grad_enabled():
         return call.run(call.vf, call.x, call.solver, call.interpolator)
     keys = None if isinstance(call.x, Tensor) else list(call.x)
@@ -161,6 +165,40 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
     times = recorder.times(parts[0].device)
     result = attach(finished, rows, parts, times, targets)
     return t_eval, state_of([part[: len(t_eval)] for part in result], keys)
+
+
+def _followed(mode: Mode, call: Call) -> tuple[Tensor, State]:
+    """torchdyn's own solve, for a transform of ``torch.func`` or forward-mode differentiation to follow."""
+    if call.integral_loss is not None:
+        raise NotImplementedError(
+            f'sensitivity="{mode.name}" with integral_loss cannot be followed by torch.func or forward-mode '
+            "differentiation. Make the running cost a part of the state, or differentiate by torch.autograd.grad."
+        )
+    if is_vmapped() and call.solver.stepping_class == "adaptive":
+        raise NotImplementedError(
+            f'solver {type(call.solver).__name__} under sensitivity="{mode.name}": torch.func.vmap cannot follow it, '
+            'as its steps depend on values. Use a fixed-step solver, such as "rk4"; or put the batch into a dimension '
+            "of the state, and differentiate by torch.autograd.grad, which takes is_grads_batched=True."
+        )
+    if type(call.solver) not in PLAIN_SOLVERS and not _steps_from_its_state(call):
+        raise _refusal(mode, call.solver)(NOT_FOLLOWED)
+    return call.run(call.vf, call.x, call.solver, call.interpolator)
+
+
+def _steps_from_its_state(call: Call) -> bool:
+    """Whether autograd leads from a step's result to the state that it starts from: the first step is tried."""
+    keys = None if isinstance(call.x, Tensor) else list(call.x)
+    with Untransformed() as untransformed, torch.enable_grad():
+        start = [value_of(part) for part in parts_of(call.x, keys)]
+        for part in start:
+            part.requires_grad_(differentiable(part))
+        span = torch.cat([value_of(part).reshape(-1) for part in tensors_in(call.t_span)])
+        _, span = call.solver.sync_device_dtype(start[0], span)
+        vf, state = untransformed.values_of(call.vf), state_of(start, keys)
+        k1 = vf(span[0], state) if call.solver.stepping_class == "adaptive" else None
+        _, end, *_ = call.solver.step(vf, state, span[0], span[1] - span[0], k1=k1, args=call.args)
+        edges = {edge_of(part) for part in start if part.requires_grad}
+        return any(is_behind(part, edges) for part in parts_of(end, keys))
 
 
 def _declared(call: Call) -> list[Tensor]:
