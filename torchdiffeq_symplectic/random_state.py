@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchdiffeq_symplectic.transforms import Untransformed, value_of
+
 __all__ = ["RandomState"]
 
 
@@ -24,8 +26,10 @@ class RandomState:
 
     def set(self, state: Tensor) -> None:
         """Go back to ``state``."""
-        if self._accelerator is not None:
-            split = len(state) - len(torch.get_rng_state())
-            self._accelerator.set_rng_state(state[:split].contiguous(), *self._which)
-            state = state[split:]
-        torch.set_rng_state(state.cpu().contiguous())
+        with Untransformed():
+            state = value_of(state)
+            if self._accelerator is not None:
+                split = len(state) - len(torch.get_rng_state())
+                self._accelerator.set_rng_state(state[:split].contiguous(), *self._which)
+                state = state[split:]
+            torch.set_rng_state(state.cpu().contiguous())
