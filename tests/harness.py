@@ -335,9 +335,10 @@ def parts_of(solution: Any) -> tuple[Tensor, ...]:
 
 def loss_of(solution: Any) -> Tensor:
     """A fixed functional of the solution that weighs every entry at every time differently, 0-d and real."""
-    total = torch.zeros((), dtype=DOUBLE)
-    for i, part in enumerate(parts_of(solution)):
-        product = uniform(*part.shape, seed=100 + i, dtype=part.dtype).conj() * part
+    parts = parts_of(solution)
+    total = torch.zeros((), dtype=DOUBLE, device=parts[0].device)
+    for i, part in enumerate(parts):
+        product = uniform(*part.shape, seed=100 + i, dtype=part.dtype).to(part.device).conj() * part
         total = total + product.sum().real.to(DOUBLE) + part.abs().square().sum() / 3
     return total
 

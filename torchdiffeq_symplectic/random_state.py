@@ -30,6 +30,7 @@ class RandomState:
             state = value_of(state)
             if self._accelerator is not None:
                 split = len(state) - len(torch.get_rng_state())
-                self._accelerator.set_rng_state(state[:split].contiguous(), *self._which)
-                state = state[split:]
-            torch.set_rng_state(state.cpu().contiguous())
+                # Copies: PyTorch reads a state from where its memory begins, not its view.
+                self._accelerator.set_rng_state(state[:split].clone(), *self._which)
+                state = state[split:].clone()
+            torch.set_rng_state(state)

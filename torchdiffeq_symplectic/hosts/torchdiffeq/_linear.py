@@ -10,7 +10,7 @@ state, ``kappa`` that of the slope carried on and ``gamma_m`` that of an output 
     lambda = lambda+ + sum_m gamma_m + sum_i xi_i        (kappa = l_1 where k_1 is carried in)
 
 The stage states are formed by the very operations that torchdiffeq issues, in its layout, so they are the forward
-pass's bit for bit; each step checks its new state. Where a release forms them another way, `forms_states_of` says so,
+pass's bit for bit; each step checks its new state. Where a release forms them another way, `_forms_states` says so,
 and every step goes the general way.
 """
 
@@ -33,7 +33,7 @@ _BLOCK = 16
 
 
 class Coefficients(NamedTuple):
-    """``a``, shape ``(s, s)``, and ``b``, shape ``(s,)``, of an explicit step; float64."""
+    """``a``, shape ``(s, s)``, and ``b``, shape ``(s,)``, of an explicit step, where the state is and of its dtype."""
 
     a: Tensor
     b: Tensor
@@ -46,7 +46,7 @@ class LinearSweep:
         (initial,) = tape.initial
         self._tape, self._field, self._check = tape, field, check
         self._shape, self._dtype = initial.shape, tape.dtype
-        a, b = (matrix.to(device=initial.device, dtype=self._dtype) for matrix in coefficients)
+        a, b = (matrix.to(initial.device) for matrix in coefficients)
         self._stages = stages = len(b)
         self._rows = [torch.cat([a[c + 1 :, c], b[c : c + 1]]) for c in range(stages)]
         self._buffer = torch.zeros(*self._shape, stages + 1, dtype=self._dtype, device=initial.device)

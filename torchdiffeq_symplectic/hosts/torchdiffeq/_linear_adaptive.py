@@ -16,42 +16,69 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.replay import ReplayCheck
 from torchdiffeq_symplectic.tape import Step, Tape
 
-__all__ = ["AdaptiveSweep", "forms_states_of"]
+__all__ = ["AdaptiveSweep", "LinearTableau", "ends_in_state"]
+
+
+class LinearTableau(NamedTuple):
+    """What the sweep needs of a tableau.
+
+    Attributes:
+        coefficients: of the step.
+        forward: the rows that stage states and the new state are made of.
+        nodes: of the stages after the first.
+        closes: whether the last stage's state is the new state.
+        dense: the slopes' weights in an output inside, by powers of its place in the step, shape ``(4, s)``.
+    """
+
+    coefficients: Coefficients
+    forward: list[Tensor]
+    nodes: list[float]
+    closes: bool
+    dense: Tensor
+
+    @classmethod
+    def of(cls, tableau: Any, mid: Tensor) -> LinearTableau | None:
+        """That of a solver's tableau; None if complex, or if torchdiffeq forms stage states in another way."""
+        b = tableau.c_sol
+        if not b.dtype.is_floating_point or not _forms_states(len(b), b.dtype):
+            return None
+        a = torch.zeros(len(b), len(b), dtype=b.dtype, device=b.device)
+        for i, row in enumerate(tableau.beta):
+            a[i + 1, : i + 1] = row
+        first, last = torch.eye(len(b), dtype=b.dtype, device=b.device)[[0, -1]]
+        dense = [
+            first,
+            last - 4 * first - 5 * b + 16 * mid,
+            5 * first - 3 * last + 14 * b - 32 * mid,
+            2 * (last - first) - 8 * b + 16 * mid,
+        ]
+        forward = [*tableau.beta, b]
+        return cls(Coefficients(a, b), forward, tableau.alpha.tolist(), ends_in_state(tableau), torch.stack(dense))
+
+
+def ends_in_state(tableau: Any) -> bool:
+    """Whether the last stage's state is the new state."""
+    return bool(tableau.c_sol[-1] == 0 and (tableau.c_sol[:-1] == tableau.beta[-1]).all())
 
 
 class AdaptiveSweep(LinearSweep):
     """Steps of torchdiffeq's adaptive solvers.
 
     Args:
-        stepper: does them again; tableau, mid: of its solver.
+        stepper: does them again.
         tape, field, check: of the solve.
     """
 
     def __init__(self, stepper: Any, tape: Tape, field: Field, check: ReplayCheck) -> None:
-        self._stepper, tableau, mid = stepper, stepper.tableau, stepper.mid
-        b = tableau.c_sol
-        stages = len(b)
-        a = torch.zeros(stages, stages, dtype=b.dtype, device=b.device)
-        for i, row in enumerate(tableau.beta):
-            a[i + 1, : i + 1] = row
-        super().__init__(Coefficients(a, b), tape, field, check)
-        # The last stage's state is the new state: it is known, and checks what is before it.
-        self._closes = bool(b[-1] == 0 and (b[:-1] == tableau.beta[-1]).all())
-        self._checked = stages - 2 if self._closes else stages - 1  # the last slope that the new state is made of
+        self._stepper = stepper
+        coefficients, forward, self._nodes, self._closes, dense = stepper.linear_tableau
+        super().__init__(coefficients, tape, field, check)
+        self._forward = [row.to(self._buffer.device) for row in forward]
+        self._dense = dense.to(self._buffer.device)
+        # The last slope that the new state is made of: that the last stage's state is known checks what is before it.
+        self._checked = self._stages - 2 if self._closes else self._stages - 1
         # The last evaluation of the step to come, which is also the slope that the present one carries in.
         self._closing: Linearisation | None = None
-        self._forward = [*tableau.beta, b]
-        self._forward = [row.to(self._buffer.device) for row in self._forward]
-        self._alpha = tableau.alpha.tolist()
-        first, last = torch.eye(stages, dtype=b.dtype, device=b.device)[[0, -1]]
-        self._dense = torch.stack(
-            [
-                first,
-                last - 4 * first - 5 * b + 16 * mid,
-                5 * first - 3 * last + 14 * b - 32 * mid,
-                2 * (last - first) - 8 * b + 16 * mid,
-            ]
-        ).to(self._buffer.device)
 
     def takes(self, step: Step) -> bool:
         """All but those that evaluate a slope behind a discontinuity."""
@@ -59,7 +86,7 @@ class AdaptiveSweep(LinearSweep):
 
     def _prepared(self, start: Tensor, size: Tensor, end: Tensor) -> list[Sequence[Any]]:
         before = torch.nextafter(end, end - 1)
-        times = torch.stack([before if node == 1 else start + node * size for node in self._alpha], 1)
+        times = torch.stack([before if node == 1 else start + node * size for node in self._nodes], 1)
         forward, backward = self._scaled(size, self._forward), self._scaled(size, self._rows)
         return list(zip(size.unbind(), [row.unbind() for row in times.unbind()], forward, backward, strict=True))
 
@@ -171,14 +198,9 @@ class AdaptiveSweep(LinearSweep):
         return outside.unbind(), cotangents.sum(0).view(self._shape)
 
 
-def forms_states_of(tableau: Any) -> bool:
-    """Whether torchdiffeq's step forms stage states as `AdaptiveSweep` does, for a tableau of this dtype."""
-    return _forms_states(len(tableau.c_sol), tableau.c_sol.dtype)
-
-
 @functools.lru_cache(maxsize=64)
 def _forms_states(stages: int, dtype: torch.dtype) -> bool:
-    """The same, tried once with coefficients of its own."""
+    """Whether torchdiffeq forms stage states as the sweep does: tried once, with coefficients of its own."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

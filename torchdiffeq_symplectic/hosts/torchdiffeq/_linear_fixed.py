@@ -100,7 +100,7 @@ class _Listing:
 
 
 @functools.lru_cache(maxsize=64)
-def coefficients_of(solver: type) -> Coefficients | None:
+def coefficients_of(solver: type, device: torch.device, dtype: torch.dtype) -> Coefficients | None:
     """Those of a fixed-grid solver of torchdiffeq's own file of explicit methods; None for any other.
 
     The solver's own step is given unit vectors as slopes: a stage state is then a row of ``a``, the change ``b``.
@@ -120,4 +120,4 @@ def coefficients_of(solver: type) -> Coefficients | None:
         instance = solver(func=None, y0=torch.zeros(most, dtype=torch.float64), rtol=0.0, atol=0.0)
         change, _ = instance._step_func(unit, zero, one, one, torch.zeros(most, dtype=torch.float64))
     stages = len(states)
-    return Coefficients(torch.stack(states)[:, :stages], change[:stages])
+    return Coefficients(*(part[..., :stages].to(device, dtype) for part in (torch.stack(states), change)))

@@ -16,7 +16,7 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     _interp_evaluate,
     _runge_kutta_step,
 )
-from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import AdaptiveSweep, forms_states_of
+from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import AdaptiveSweep, LinearTableau, ends_in_state
 from torchdiffeq_symplectic.hosts.torchdiffeq._linear_fixed import FixedSweep, coefficients_of
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.tape import Linear, Step, Tape
@@ -49,7 +49,9 @@ class AdaptiveStepper:
 
     def __init__(self, solver: Any) -> None:
         self._solver = _bare(solver)
-        self.tableau, self.mid = solver.tableau, solver.mid
+        self._tableau = solver.tableau
+        # Now, while the host waits for its device anyway: backward is not to.
+        self.linear_tableau = LinearTableau.of(solver.tableau, solver.mid)
 
     @staticmethod
     def evaluates_carry(solver: Any) -> bool:
@@ -73,7 +75,7 @@ class AdaptiveStepper:
         y, *slopes = carry
         f = slopes[0] if slopes else func(step.start, y)
         take = _followed_step if is_followed() else _runge_kutta_step
-        y1, f1, _, k = take(func, y, f, step.start, step.size, step.end, self.tableau)
+        y1, f1, _, k = take(func, y, f, step.start, step.size, step.end, self._tableau)
         outputs = []
         if step.times:
             coefficients = self._solver._interp_fit(y, y1, k, step.size)
@@ -84,8 +86,7 @@ class AdaptiveStepper:
 
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
-        (initial,) = tape.initial
-        if not initial.dtype.is_floating_point or not forms_states_of(self.tableau):
+        if self.linear_tableau is None:
             return None
         return AdaptiveSweep(self, tape, field, check)
 
@@ -104,11 +105,6 @@ def _followed_step(
     if not ends_in_state(tableau):
         y = y0 + torch.sum(k * (dt * tableau.c_sol), dim=-1).view_as(f0)
     return y, k[..., -1], None, k
-
-
-def ends_in_state(tableau: Any) -> bool:
-    """Whether the last stage's state is the new state."""
-    return bool(tableau.c_sol[-1] == 0 and (tableau.c_sol[:-1] == tableau.beta[-1]).all())
 
 
 class Memory(NamedTuple):
@@ -204,8 +200,10 @@ class FixedStepper:
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
         (initial,) = tape.initial
-        coefficients = coefficients_of(self._solver.__class__)
-        if coefficients is None or not initial.dtype.is_floating_point:
+        coefficients = None
+        if initial.dtype.is_floating_point:
+            coefficients = coefficients_of(self._solver.__class__, initial.device, tape.dtype)
+        if coefficients is None:
             return None
         return FixedSweep(coefficients, self, tape, field, check)
 
