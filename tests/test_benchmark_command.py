@@ -15,7 +15,7 @@ pytest.importorskip("seaborn", reason='needs the extra "cli"')
 import pandas as pd
 from matplotlib.figure import Figure
 
-from torchdiffeq_symplectic.experiments.benchmark import Problem, installed, report, run
+from torchdiffeq_symplectic.experiments.benchmark import Problem, installed, publication, run
 from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Series
 from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
 from torchdiffeq_symplectic.experiments.benchmark.results import OtherRunError, Results, Settings
@@ -99,10 +99,10 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 def test_the_kept_tables_are_those_of_the_run_beside_them(tmp_path: Path) -> None:
     results = Results.load(KEPT / "benchmark.json")
-    assert report.report(results) == (KEPT / "benchmark.md").read_text(encoding="utf8")
+    assert publication.report(results) == (KEPT / "benchmark.md").read_text(encoding="utf8")
     text = (KEPT / "README.md").read_text(encoding="utf8")
     (tmp_path / "README.md").write_text(text, encoding="utf8")
-    report.update(tmp_path / "README.md", results)
+    publication.update(tmp_path / "README.md", results)
     assert (tmp_path / "README.md").read_text(encoding="utf8") == text
     for name in results.problems:
         results.of(name).drop(columns="problem").to_csv(tmp_path / "file.csv", index=False)
@@ -131,7 +131,7 @@ def test_a_picture_shows_every_figure(name: str, tmp_path: Path, monkeypatch: py
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **settings: figures.append(figure))
     frame = Results.load(KEPT / "benchmark.json").of(name)
-    report.draw(PROBLEMS[name], frame, tmp_path / "picture.png")
+    publication.draw(PROBLEMS[name], frame, tmp_path / "picture.png")
     (figure,) = figures
     drawn = frame[frame["gradient_error"].notna()]
     points: int = 0

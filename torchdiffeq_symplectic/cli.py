@@ -185,7 +185,7 @@ def benchmark(
     interruption the same command goes on. All problems take about an hour on one CPU core; OMP_NUM_THREADS=1 makes
     times vary less.
     """
-    from torchdiffeq_symplectic.experiments.benchmark import peers, report, run
+    from torchdiffeq_symplectic.experiments.benchmark import peers, publication, run
     from torchdiffeq_symplectic.experiments.benchmark.contenders import BACKPROPAGATION
     from torchdiffeq_symplectic.experiments.benchmark.problems import PROBLEMS
     from torchdiffeq_symplectic.experiments.benchmark.results import OtherRunError, Settings
@@ -195,9 +195,9 @@ def benchmark(
     installed = {contender.name: contender for contender in peers.installed()}
     for name in mode or []:
         _known(name, installed, "--mode")
-    if readme is not None and not report.has_place(readme):
+    if readme is not None and not publication.has_place(readme):
         raise typer.BadParameter(
-            f"{readme} lacks the lines {report.OPENING} and {report.CLOSING}", param_hint="--readme"
+            f"{readme} lacks the lines {publication.OPENING} and {publication.CLOSING}", param_hint="--readme"
         )
     chosen = [one for name, one in installed.items() if not mode or name in (BACKPROPAGATION, *mode)]
     series = [one for name, one in PROBLEMS.items() if not problems or name in problems]

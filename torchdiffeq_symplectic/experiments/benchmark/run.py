@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from torchdiffeq_symplectic.experiments.benchmark import report
+from torchdiffeq_symplectic.experiments.benchmark import publication
 from torchdiffeq_symplectic.experiments.benchmark.compare import compare
 from torchdiffeq_symplectic.experiments.benchmark.contenders import Contender
 from torchdiffeq_symplectic.experiments.benchmark.problem import Case, Series
@@ -51,7 +51,7 @@ def run(
     names = [contender.name for contender in contenders]
     cases = [(one, case) for one in series for case in one.cases if not results.has(one.name, case.label, names)]
     for (problem, case), rows in results.frame.groupby(["problem", "case"], sort=False):
-        console.print(report.table(rows, f"{problem}: {case}"))
+        console.print(publication.table(rows, f"{problem}: {case}"))
     finished = False
     columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
     with Progress(*columns, console=console) as progress, contextlib.suppress(KeyboardInterrupt):
@@ -69,11 +69,11 @@ def run(
             out.mkdir(parents=True, exist_ok=True)
             results.save(out / FILE)
             progress.update(task, advance=1)
-            console.print(report.table(rows, f"{one.name}: {case.label}"))
+            console.print(publication.table(rows, f"{one.name}: {case.label}"))
         finished = True
     _write(results, out, console)
     if readme is not None and finished:
-        report.update(readme, results)
+        publication.update(readme, results)
     if not finished:
         console.print("Interrupted: what was measured is kept. The same command goes on from here.", style="yellow")
     return finished
@@ -101,11 +101,11 @@ def _write(results: Results, out: Path, console: Console) -> None:
     """A CSV file and a picture for each series, and all tables as Markdown."""
     for name in results.problems:
         results.of(name).drop(columns="problem").to_csv(out / f"{name}.csv", index=False)
-        report.draw(PROBLEMS[name], results.of(name), out / f"{name}.png")
-    front = results.of(*report.OVERVIEW)
+        publication.draw(PROBLEMS[name], results.of(name), out / f"{name}.png")
+    front = results.of(*publication.OVERVIEW)
     if len(front):
-        report.overview(front, out / "overview.png")
+        publication.overview(front, out / "overview.png")
     if results.problems:
-        (out / "benchmark.md").write_text(report.report(results), encoding="utf-8")
+        (out / "benchmark.md").write_text(publication.report(results), encoding="utf-8")
         files = ", ".join(f"{name}.csv, {name}.png" for name in results.problems)
         console.print(f"{out} has {FILE}, benchmark.md, {files}", markup=False, highlight=False)

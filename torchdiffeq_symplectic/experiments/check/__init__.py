@@ -2,7 +2,7 @@
 
 from torchdiffeq_symplectic.experiments.check.measure import THRESHOLDS, Finding, Variant, measure, variants
 from torchdiffeq_symplectic.experiments.check.methods import HOSTS, Host
-from torchdiffeq_symplectic.experiments.check.report import is_exact, report, to_dict
+from torchdiffeq_symplectic.experiments.check.verdict import is_exact, report, to_dict
 
 __all__ = [
     # what is measured

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic import MODES
+from torchdiffeq_symplectic.experiments.check.ivp import Ivp, loss_of
 from torchdiffeq_symplectic.experiments.check.methods import Host, HostMethod
-from torchdiffeq_symplectic.experiments.check.problem import Ivp, loss_of
 from torchdiffeq_symplectic.experiments.environment import ERRORS
 
 __all__ = ["THRESHOLDS", "Finding", "Variant", "measure", "variants"]
