@@ -74,7 +74,7 @@ def run(device: torch.device | str, seed: int, steps: int, out: Path) -> DemoOut
         field.draw_noise(len(train), torch.Generator().manual_seed(seed))
         problem = Problem(field, initial_state(train), _times(train), loss, **SOLVER)
         rows = compare(problem, [one for one in installed() if one.name in CONTENDERS], ROUNDS)
-    console.print(report.table(rows))
+    console.print(publication.table(rows))
     outcome = DemoOutcome(training, held_out, rows)
     out.mkdir(parents=True, exist_ok=True)
     rows.to_csv(out / "demo.csv", index=False)
