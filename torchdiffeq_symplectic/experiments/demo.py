@@ -18,7 +18,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from torchdiffeq_symplectic import odeint_adjoint
-from torchdiffeq_symplectic.experiments.benchmark import Problem, compare, installed, report
+from torchdiffeq_symplectic.experiments.benchmark import Problem, compare, installed, publication
 from torchdiffeq_symplectic.experiments.benchmark.problems.flow import FlowField, initial_state, loss
 from torchdiffeq_symplectic.experiments.environment import one_thread
 from torchdiffeq_symplectic.experiments.figures import dots, grid, save
