@@ -10,6 +10,7 @@ method whose coefficients satisfy ``b_i A_ij + b_j a_ji = b_i b_j``, and no weig
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from torchdiffeq_symplectic.errors import ReplayError
 from torchdiffeq_symplectic.graph import Gate, Gated, edge_of, reached
 from torchdiffeq_symplectic.listener import differentiable
 from torchdiffeq_symplectic.products import Products
+from torchdiffeq_symplectic.random_state import Draw, undisturbed
 from torchdiffeq_symplectic.replay import Conditions, ReplayCheck
 from torchdiffeq_symplectic.tape import Step
 from torchdiffeq_symplectic.uses import Substituted, derived
@@ -110,6 +112,7 @@ class Field:
         self._edges: dict[tuple[Any, int], int] = {}
         self._step: Step | None = None
         self._number = 0
+        self._draws = False  # whether it was seen to draw random numbers
 
     def start_step(self, step: Step) -> None:
         """Evaluate what ``step`` evaluated from here on."""
@@ -146,10 +149,30 @@ class Field:
         assert self._step is not None
         return self.evaluate_as(self._step.draws[number] if self._step.draws else None, t, y, *args, **kwargs)
 
-    def evaluate_as(self, draw: Tensor | None, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
-        """``func(t, y)`` with these random numbers."""
-        if draw is not None:
-            self._conditions.random.set(draw)
+    def evaluate_as(self, draw: Draw | None, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
+        """``func(t, y)`` with these random numbers; the generators stay as they are."""
+        if draw is None:
+            return self._evaluated(t, y, *args, **kwargs)
+        random = self._conditions.random
+        with undisturbed():
+            # Where another thread drew while the field was evaluated, its numbers are not to be given out twice.
+            self._draws = self._draws or threading.active_count() == 1
+            if not self._draws and not random.is_drawn_from(lambda: self._evaluated(t, y, *args, **kwargs)):
+                return self._evaluated(t, y, *args, **kwargs)
+            self._draws = True
+            before = random.get()
+            random.set(draw.state)
+            try:
+                slope = self._evaluated(t, y, *args, **kwargs)
+                after = None if draw.after is None else random.fingerprint(random.get())
+            finally:
+                random.set(before)
+        if after != draw.after:
+            assert self._step is not None
+            self._check.disturbed(self._step.number)
+        return slope
+
+    def _evaluated(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
         with self._substituted, self._conditions.autocast():
             return self._func(t, y, *args, **kwargs)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 __all__ = ["Held", "Place", "refuse_sharded", "search"]
 
 
-Place = tuple[MutableMapping[Any, Any] | types.CellType, Any]
-"""Where a tensor is kept: a dictionary and its key, or the cell of a closure and None."""
+Place = tuple[MutableMapping[Any, Any] | list[Any] | types.CellType, Any]
+"""Where a tensor is kept: a dictionary and its key, a list and its index, or the cell of a closure and None."""
 
 
 class Held(NamedTuple):
@@ -25,16 +25,19 @@ class Held(NamedTuple):
         modules: every module, each once.
         tensors: every tensor, parameters and buffers too, each once.
         places: where modules, plain objects, closures and globals keep them.
+        constants: where these keep numbers, strings and the like.
     """
 
     modules: list[nn.Module]
     tensors: list[Tensor]
     places: list[Place]
+    constants: list[Place]
 
 
 # So many objects are looked at; a trainer's method may hold a data set.
 _SEARCHED = 5000
 _PLAIN = (str, bytes, int, float, complex, type, type(None), types.ModuleType, types.BuiltinFunctionType)
+_CONSTANT = (str, bytes, int, float, complex)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _EMPTY = types.CellType()
 
@@ -48,6 +51,7 @@ def search(*roots: object) -> Held:
     modules: dict[nn.Module, None] = {}
     tensors: list[Tensor] = []
     places: list[Place] = []
+    constants: list[Place] = []
     seen: dict[int, object] = {}  # kept alive, so that ids stay theirs
     queue: collections.deque[object] = collections.deque(roots)
 
@@ -56,7 +60,9 @@ def search(*roots: object) -> Held:
             value = table[key]
             if isinstance(value, Tensor):
                 places.append((table, key))
-            if value is not None:
+            if isinstance(value, _CONSTANT):
+                constants.append((table, key))
+            elif value is not None:
                 queue.append(value)
 
     while queue and len(seen) < _SEARCHED:
@@ -81,6 +87,8 @@ def search(*roots: object) -> Held:
                 if cell != _EMPTY:
                     if isinstance(cell.cell_contents, Tensor):
                         places.append((cell, None))
+                    elif isinstance(cell.cell_contents, _CONSTANT):
+                        constants.append((cell, None))
                     queue.append(cell.cell_contents)
             look_into(part.__globals__, [name for name in _names(part.__code__) if name in part.__globals__])
         elif isinstance(part, functools.partial):
@@ -91,13 +99,16 @@ def search(*roots: object) -> Held:
             look_into(part, list(part))
         elif isinstance(part, Mapping):
             queue.extend(part.values())
-        elif isinstance(part, list | tuple | set | frozenset | collections.deque):
+        elif isinstance(part, list):
+            places.extend((part, i) for i, value in enumerate(part) if isinstance(value, Tensor))
+            queue.extend(part)
+        elif isinstance(part, tuple | set | frozenset | collections.deque):
             queue.extend(part)
         else:
             queue.extend(_functions_of(kind))
             queue.extend(getattr(part, name, None) for name in _slots_of(kind))
             look_into(getattr(part, "__dict__", {}), list(getattr(part, "__dict__", {})))
-    return Held(list(modules), tensors, places)
+    return Held(list(modules), tensors, places, constants)
 
 
 def refuse_sharded(func: object, held: Held) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchdiffeq_symplectic.random_state import Draw, undisturbed
 from torchdiffeq_symplectic.replay import Conditions
 from torchdiffeq_symplectic.uses import Captured
 
@@ -20,12 +22,14 @@ class Call(NamedTuple):
     """An evaluation of the field in the forward pass.
 
     Attributes:
-        draw: the random state before it.
+        draw: its random numbers.
+        drew: whether the generators moved meanwhile; None where that was not looked at.
         slope: what it gave, if that is kept.
         new: references to captured tensors that it reached and no evaluation before it.
     """
 
-    draw: Tensor
+    draw: Draw
+    drew: bool | None
     slope: Any
     new: Sequence[weakref.ref[Tensor]]
 
@@ -55,6 +59,7 @@ class Listener:
         self._conditions: Conditions | None = conditions
         self._captured: Captured | None = captured
         self._is_first = True
+        self._draws = False  # whether an evaluation was seen to draw random numbers
         self._keeps_slopes = keeps_slopes
         self.calls: list[Call] = []
 
@@ -64,35 +69,53 @@ class Listener:
 
     @property
     def drew(self) -> bool:
-        """Whether an evaluation since `start_step` drew random numbers, or one made elsewhere since.
+        """Whether an evaluation since `start_step` drew random numbers, or another thread meanwhile.
 
         Asked once a step: reading the random state is quick, comparing it is not.
         """
         assert self._conditions is not None
-        return bool(self.calls) and not torch.equal(self.calls[0].draw, self._conditions.random.get())
+        if not self._draws and self.calls:
+            self._draws = not torch.equal(self.calls[0].draw.state, self._conditions.random.get())
+            return self._draws
+        return any(call.drew is not False for call in self.calls)
 
     def __call__(self, t: Tensor, y: Any, *args: Any, **kwargs: Any) -> Any:
         """The slope, as the host is to have it."""
         if self._conditions is None or self._captured is None:
             return self._func(t, y, *args, **kwargs)
-        draw = self._conditions.random.get()
+        # By then nobody knows whether it draws, but what it drew must be known.
+        watched = self._draws or self._is_first
+        with undisturbed() if watched else contextlib.nullcontext():
+            return self._evaluated(self._conditions, self._captured, watched, t, y, *args, **kwargs)
+
+    def _evaluated(
+        self, conditions: Conditions, captured: Captured, watched: bool, t: Tensor, y: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        state = conditions.random.get()
         new: Sequence[weakref.ref[Tensor]] = ()
         # A solver may differentiate the field itself: by Newton's method, say.
         linked = torch.is_grad_enabled() and any(
             isinstance(part, Tensor) and part.requires_grad for part in pytree.tree_leaves(y)
         )
-        if self._captured.looks:
-            with self._conditions.autocast():  # without its cache, which would serve later evaluations
-                slope, new = self._captured.evaluate(self._func, t, y, *args, linked=linked, **kwargs)
+        if captured.looks:
+            with conditions.autocast():  # without its cache, which would serve later evaluations
+                slope, new = captured.evaluate(self._func, t, y, *args, linked=linked, **kwargs)
             if self._is_first:
-                self._conditions.evaluated()
+                conditions.evaluated()
             self._is_first = False
         elif linked:
             slope = self._func(t, y, *args, **kwargs)
         else:
             slope = self._func(t, detached(y), *args, **kwargs)
             slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
-        self.calls.append(Call(draw, detached(slope) if self._keeps_slopes else None, new))
+        after = drew = None
+        if watched:
+            moved = conditions.random.get()
+            drew = not torch.equal(state, moved)
+            after = conditions.random.fingerprint(moved) if drew else None
+            self._draws = self._draws or drew
+        kept = detached(slope) if self._keeps_slopes else None
+        self.calls.append(Call(Draw(state, after), drew, kept, new))
         return slope
 
     def replace(self, func: Callable[..., Any]) -> None:

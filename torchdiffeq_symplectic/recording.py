@@ -44,7 +44,7 @@ class Entry:
     carry: list[int | None]
     rest: int
     calls: int
-    draws: list[int]
+    draws: list[tuple[int, int | None] | None]
     slopes: tuple[list[int], Any] | None
     inside: range = range(0)
     at_end: int | None = None
@@ -117,7 +117,7 @@ class Recording:
         states = self._kept_state(state) if number else [None for _ in state]
         keep = self._keep if self.keep is Keep.SLOPES else self.save
         carry = [None if part is None or self.keep in _FORGETFUL else keep(part) for part in further]
-        draws = [self._keep(call.draw) for call in calls] if drew else []
+        draws = [self._kept_draw(call) for call in calls] if drew else []
         kept = None
         if slopes is not None:
             leaves, structure = pytree.tree_flatten(list(slopes))
@@ -126,6 +126,9 @@ class Recording:
         for i, call in enumerate(calls):
             if call.new:
                 self.first_reached[number, i] = call.new
+
+    def _kept_draw(self, call: Any) -> tuple[int, int | None] | None:
+        return None if call.drew is False else (self._keep(call.draw.state), call.draw.after)
 
     def output(self, output: int, at_end: bool = False, step: int = -1) -> None:
         """Say that output number ``output`` lies inside a step, the latest if none is named, or is its new state."""
@@ -165,7 +168,7 @@ class Recording:
 
         for entry in self.entries:
             entry.carry = [None if i is None else move(i) for i in entry.carry]
-            entry.draws = list(map(move, entry.draws))
+            entry.draws = [None if draw is None else (move(draw[0]), draw[1]) for draw in entry.draws]
             if entry.slopes is not None:
                 entry.slopes = list(map(move, entry.slopes[0])), entry.slopes[1]
         self.final = [None if i is None else move(i) for i in self.final]

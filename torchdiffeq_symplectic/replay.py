@@ -12,7 +12,8 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,36 @@ __all__ = ["REPLAY_CHECKS", "Conditions", "ReplayCheck"]
 REPLAY_CHECKS = ("error", "warn", "ignore")
 
 
-# Held while something that threads share differs from what they left there.
-_shared = threading.RLock()
+# A replay puts flags, buffers and attributes of modules as they were: one replay at a time for each module, and for all
+# that is held outside of modules.
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_lock_of_locks, _lock_of_others = threading.Lock(), threading.RLock()
+
+
+class _Noted(NamedTuple):
+    """A tensor that was seen at a place; weakly, as what an evaluation replaces is not to outlive it.
+
+    Attributes:
+        place: where it was.
+        tensor: refers to it.
+        version: how often it had been changed in place.
+    """
+
+    place: Place
+    tensor: weakref.ref[Tensor]
+    version: int
+
+    @classmethod
+    def at(cls, places: Iterable[Place]) -> list[_Noted]:
+        """The tensors at ``places``."""
+        found = [(place, _value_at(place)) for place in places]
+        return [cls(place, weakref.ref(value), _version(value)) for place, value in found if isinstance(value, Tensor)]
+
+    @property
+    def moved(self) -> bool:
+        """Whether another tensor is there by now, or this one was changed in place."""
+        tensor = self.tensor()
+        return tensor is None or _value_at(self.place) is not tensor or _version(tensor) != self.version
 
 
 class Conditions:
@@ -48,14 +77,16 @@ class Conditions:
         self._device = device
         self._modules = held.modules
         self._training = [module.training for module in held.modules]
-        self._buffers = [_versions(module) for module in held.modules]
-        self._moving: list[nn.Module] = []
         self._places = held.places
-        self._noted: list[tuple[Place, weakref.ref[Tensor]]] | None = None
-        self._values: list[tuple[Place, Tensor]] = []
+        self._noted = _Noted.at(held.places)
+        self._constants = [(place, _value_at(place)) for place in held.constants]
+        self._moving: list[Place] = []  # whose tensors are replaced or changed by the evaluations themselves
+        self._values: list[tuple[Place, Tensor, int]] = []
+        self._was_evaluated = False
 
     def evaluated(self) -> None:
         """Called after the first evaluation, which may have filled what was empty: note what is held where."""
+        self._was_evaluated = True
         places = list(self._places)
         # What it set for the first time is held where nothing, or no tensor, was before.
         known = {(id(table), key) for table, key in places}
@@ -63,26 +94,40 @@ class Conditions:
             attributes = vars(module)
             new = (name for name, value in attributes.items() if isinstance(value, Tensor))
             places += [(attributes, name) for name in new if (id(attributes), name) not in known]
-        found = [(place, _value_at(place)) for place in places]
-        # Weakly: what the next evaluation replaces is not to outlive it.
-        self._noted = [(place, weakref.ref(value)) for place, value in found if isinstance(value, Tensor)]
+        self._moving = [noted.place for noted in self._noted if noted.moved]
+        self._noted = _Noted.at(places)
 
     def solved(self) -> None:
-        """Called after the solve: note which modules have buffers that an evaluation moves."""
-        if self._noted is None:
+        """Called after the solve: note what the evaluations move, and what they do not."""
+        if not self._was_evaluated:
             self.evaluated()
+        values = [(noted.place, noted.tensor()) for noted in self._noted]
         # A place that each evaluation fills with something new is no input of the field.
-        noted = [(place, reference()) for place, reference in self._noted or ()]
-        self._values = [(place, value) for place, value in noted if value is not None and _value_at(place) is value]
+        self._values = [(place, v, _version(v)) for place, v in values if v is not None and _value_at(place) is v]
+        self._moving += [noted.place for noted in self._noted if noted.moved]
+        for module, training in zip(self._modules, self._training, strict=True):
+            if training and getattr(module, "running_mean", None) is not None:  # updated without a new version
+                self._moving += [(module._buffers, name) for name in module._buffers]
+        self._constants = [(place, value) for place, value in self._constants if _value_at(place) is value]
         self._places, self._noted = [], []
-        for module, versions, training in zip(self._modules, self._buffers, self._training, strict=True):
-            # Batch statistics are updated without a new version, so a norm in training counts as moving, too.
-            if _moved(module, versions) or (training and getattr(module, "running_mean", None) is not None):
-                self._moving.append(module)
-        self._buffers = []
         if self.autocast_dtype is not None:
             # Weights cast under no_grad have lost their graph: they must not stay in the cache of the caller's region.
             torch.clear_autocast_cache()
+
+    def changes(self) -> list[str]:
+        """What changed since the solve and is not put back for a replay, in words."""
+        moving = {(id(table), key) for table, key in self._moving}
+        overwritten = [
+            f"{_name_of(place)} was overwritten in place"
+            for place, value, version in self._values
+            if _version(value) != version and (id(place[0]), place[1]) not in moving
+        ]
+        rebound = [
+            f"{_name_of(place)} was {value!r} and is {_value_at(place)!r}"
+            for place, value in self._constants
+            if _value_at(place) is not value and _value_at(place) != value
+        ]
+        return [*overwritten, *rebound]
 
     def precision(self, state: Sequence[Tensor]) -> float:
         """The coarsest in which slopes of such a state are computed."""
@@ -98,32 +143,36 @@ class Conditions:
         return torch.autocast(self._device.type, dtype=self.autocast_dtype, cache_enabled=False)
 
     @contextlib.contextmanager
-    def restored(self, random: bool) -> Iterator[None]:
-        """Training flags and tensors as in the solve; afterwards all is as before, buffers, too.
-
-        Args:
-            random: whether the field draws random numbers: the generators are put back in the end.
-        """
-        now = [module.training for module in self._modules]
-        replaced = [(place, _value_at(place), value) for place, value in self._values if _value_at(place) is not value]
-        replaced = [(place, present, value) for place, present, value in replaced if _is_there(place)]
-        flipped = now != self._training
+    def restored(self) -> Iterator[None]:
+        """Training flags and tensors as in the solve; afterwards all is as before."""
         with contextlib.ExitStack() as stack:
             if torch.is_autocast_enabled(self._device.type):
                 stack.enter_context(torch.autocast(self._device.type, enabled=False))
-            if flipped or replaced or self._moving or random:
-                stack.enter_context(_shared)
-            if random:
-                stack.callback(self.random.set, self.random.get())
-            for module in self._moving:
-                stack.callback(_put_back_buffers, module, _copies(module))
-            if flipped:
+            for lock in _locks_of(self._modules):
+                stack.enter_context(lock)
+            for place in self._moving:
+                value = _value_at(place)
+                if isinstance(value, Tensor):
+                    stack.callback(_put_back, place, value, value.detach().clone())
+            now = [module.training for module in self._modules]
+            if now != self._training:
                 stack.callback(_set_training, self._modules, now)
                 _set_training(self._modules, self._training)
-            for place, present, value in replaced:
-                stack.callback(_put, place, present)
-                _put(place, value)
+            for place, value, _ in self._values:
+                present = _value_at(place)
+                if present is not value and _is_there(place):
+                    stack.callback(_put, place, present)
+                    _put(place, value)
             yield
+
+
+def _locks_of(modules: Sequence[nn.Module]) -> list[threading.RLock]:
+    """Always in the same order, so that two replays do not wait for each other."""
+    if not modules:
+        return [_lock_of_others]
+    with _lock_of_locks:
+        locks = [_locks.setdefault(module, threading.RLock()) for module in modules]
+    return sorted(locks, key=id)
 
 
 def _value_at(place: Place) -> object:
@@ -133,12 +182,16 @@ def _value_at(place: Place) -> object:
             return table.cell_contents
         except ValueError:  # emptied
             return None
+    if isinstance(table, list):
+        return table[key] if key < len(table) else None
     return table.get(key)
 
 
 def _is_there(place: Place) -> bool:
     """Whether the place is still one: a parametrization may have been removed, and its parameter with it."""
     table, key = place
+    if isinstance(table, list):
+        return bool(key < len(table))
     return isinstance(table, types.CellType) or key in table
 
 
@@ -150,32 +203,23 @@ def _put(place: Place, value: object) -> None:
         table[key] = value
 
 
+def _put_back(place: Place, tensor: Tensor, value: Tensor) -> None:
+    tensor.data.copy_(value)  # .data: no new version, a pending graph may have saved the tensor
+    _put(place, tensor)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _name_of(place: Place) -> str:
+    table, key = place
+    return "a variable of a closure" if isinstance(table, types.CellType) else f"{key!r}"
+
+
 def _set_training(modules: Sequence[nn.Module], flags: Sequence[bool]) -> None:
     for module, flag in zip(modules, flags, strict=True):
         module.training = flag
-
-
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None]
-
-
-def _versions(module: nn.Module) -> list[tuple[str, Tensor, int]]:
-    return [(name, buffer, buffer._version) for name, buffer in _buffers(module) if not buffer.is_inference()]
-
-
-def _moved(module: nn.Module, versions: list[tuple[str, Tensor, int]]) -> bool:
-    present = dict(_buffers(module))
-    return any(present.get(name) is not buffer or buffer._version != version for name, buffer, version in versions)
-
-
-def _copies(module: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
-    return [(name, buffer, buffer.detach().clone()) for name, buffer in _buffers(module)]
-
-
-def _put_back_buffers(module: nn.Module, copies: list[tuple[str, Tensor, Tensor]]) -> None:
-    for name, buffer, value in copies:
-        buffer.data.copy_(value)  # .data: no new version, a pending graph may have saved the buffer
-        module._buffers[name] = buffer
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:
@@ -197,11 +241,13 @@ class ReplayCheck:
     Args:
         action: "error", "warn" or "ignore".
         precision: the coarsest in which states and slopes are computed.
+        changes: what changed since the solve, in words: likely causes of a difference.
     """
 
-    def __init__(self, action: str, precision: float) -> None:
+    def __init__(self, action: str, precision: float, changes: Callable[[], Sequence[str]] = list) -> None:
         self.active = action != "ignore"
-        self._action, self._precision = action, precision
+        self._action, self._precision, self._changes = action, precision, changes
+        self._disturbed: list[int] = []
         self._rows: list[Tensor] = []
         self._steps: list[int] = []
 
@@ -240,10 +286,40 @@ class ReplayCheck:
         deviation, scale = torch.stack(self._rows).detach().view(-1, 2).unbind(1)
         return float(torch.where(deviation == 0, deviation, deviation / scale).max())
 
+    def disturbed(self, number: int) -> None:
+        """Say that the field drew other random numbers in step ``number`` than it did before."""
+        if self.active:
+            self._disturbed.append(number)
+
     def conclude(self) -> None:
         """Raise or warn if a step was not reproduced; the only place that waits for the device."""
-        if not self._rows:
+        how = self._difference()
+        causes = [*self._changes()] if how or self._disturbed else []
+        if self._disturbed:
+            how = how or f"differs from its forward pass in step {min(self._disturbed)}"
+            causes.append(
+                "another thread drew random numbers while func was evaluated, in the solve or in the replay (or func "
+                "draws another number of them now)"
+            )
+        if not how:
             return
+        seen = f"Seen since: {'; '.join(causes)}. " if causes else ""
+        message = (
+            f"the replay of this solve {how}. "
+            f"The gradient would not be that of the forward pass. {seen}Something that func depends on has changed: "
+            "noise drawn again for a second solve, a module in training mode that changes with each call (spectral "
+            "norm), tensors overwritten, a closure's variable rebound, an attribute replaced, random numbers drawn by "
+            "another thread. Keep it fixed until after backward, "
+            'or pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
+        )
+        if self._action == "error":
+            raise ReplayError(message)
+        warnings.warn(message, ReplayWarning, stacklevel=2)
+
+    def _difference(self) -> str:
+        """How a step differs, in words; empty if none does."""
+        if not self._rows:
+            return ""
         deviation, scale = torch.stack(self._rows).detach().view(-1, 2).unbind(1)
         order = torch.tensor(self._steps).argsort()
         largest = torch.empty_like(scale)
@@ -251,17 +327,10 @@ class ReplayCheck:
         # A state that was not finite to begin with proves nothing.
         bad = ~(deviation <= _ROUNDINGS * self._precision * largest) & scale.isfinite()
         if not bool(bad.any()):
-            return
+            return ""
         worst = int(torch.where(bad, deviation.nan_to_num(torch.inf), -1).argmax())
         steps = len({step for step, wrong in zip(self._steps, bad.tolist(), strict=True) if wrong})
-        message = (
-            f"the replay of this solve differs from its forward pass: after step {self._steps[worst]} by "
-            f"{float(deviation[worst]):.3g} where the state has size {float(scale[worst]):.3g} (in {steps} steps). "
-            "The gradient would not be that of the forward pass. Something that func depends on has changed since: "
-            "noise drawn again for a second solve, a module in training mode that changes with each call (spectral "
-            "norm), tensors overwritten, random numbers drawn by another thread. Keep it fixed until after backward, "
-            'or pass adjoint_options={"replay_check": "warn"} or "ignore" if that is intended.'
+        return (
+            f"differs from its forward pass: after step {self._steps[worst]} by {float(deviation[worst]):.3g} where "
+            f"the state has size {float(scale[worst]):.3g} (in {steps} steps)"
         )
-        if self._action == "error":
-            raise ReplayError(message)
-        warnings.warn(message, ReplayWarning, stacklevel=2)

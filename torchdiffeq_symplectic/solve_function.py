@@ -113,8 +113,8 @@ class _Gradient(torch.autograd.Function):
         warn_of_missing(solve.missing)
         double = torch.is_grad_enabled()
         wants_time = any(ctx.needs_input_grad[4 + ctx.parts : 8 + ctx.parts])
-        check = ReplayCheck(solve.replay_check, solve.conditions.precision(initial))
-        with solve.conditions.restored(tape.is_random), restored(solve.choice):
+        check = ReplayCheck(solve.replay_check, solve.conditions.precision(initial), solve.conditions.changes)
+        with solve.conditions.restored(), restored(solve.choice):
             field = Field(
                 solve.func,
                 targets,

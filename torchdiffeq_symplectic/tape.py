@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchdiffeq_symplectic.random_state import Draw
 from torchdiffeq_symplectic.recording import Entry, Keep, Recording
 
 __all__ = ["Linear", "Step", "Stepper", "Tape", "Times"]
@@ -44,8 +45,8 @@ class Step:
         carry: what it starts from: the parts of the state, then further tensors; None for one that is evaluated again.
         after: the parts of the state after it; their norms, where only these are kept, or None.
         calls: the number of its field evaluations.
-        draws: the random state before each evaluation, or empty.
-        draw: the random state before the evaluation that a carried slope is, or None.
+        draws: the random numbers of each evaluation, None where it drew none; or empty.
+        draw: those of the evaluation that a carried slope is, or None.
         slopes: the slopes, where they are kept, or None.
         inside: numbers of the outputs inside the step.
         at_end: the output that is the new state itself, or None.
@@ -61,8 +62,8 @@ class Step:
     carry: list[Tensor | None]
     after: list[Tensor] | None
     calls: int
-    draws: Sequence[Tensor]
-    draw: Tensor | None
+    draws: Sequence[Draw | None]
+    draw: Draw | None
     slopes: Sequence[Any] | None
     inside: range
     at_end: int | None
@@ -121,7 +122,6 @@ class Tape:
         keep: what is kept of each step; at_start: the outputs that are the initial state itself.
         times: without their graph.
         dtype: of the first part of the last state, where the host promotes it on its way.
-        is_random: whether the field drew random numbers.
     """
 
     def __init__(self, recording: Recording, saved: Sequence[Tensor], initial: Sequence[Tensor], times: Times) -> None:
@@ -129,7 +129,6 @@ class Tape:
         self.at_start = recording.at_start
         self.initial = list(initial)
         self.dtype = recording.dtype or self.initial[0].dtype
-        self.is_random = any(entry.draws for entry in recording.entries)
         self._entries = recording.entries
         self._final = recording.final
         self._solution = [saved[position] for position in recording.solution]
@@ -156,12 +155,15 @@ class Tape:
             carry=[*self.state(n), *(self._at(position) for position in entry.carry[entry.rest :])],
             after=self._after(n),
             calls=entry.calls,
-            draws=[self._saved[position] for position in entry.draws],
-            draw=self._saved[before.draws[-1]] if before is not None and before.draws else None,
+            draws=self._draws(entry),
+            draw=self._draws(before)[-1] if before is not None and before.draws else None,
             slopes=self._slopes(entry),
             inside=entry.inside,
             at_end=entry.at_end,
         )
+
+    def _draws(self, entry: Entry) -> list[Draw | None]:
+        return [None if draw is None else Draw(self._saved[draw[0]], draw[1]) for draw in entry.draws]
 
     def _slopes(self, entry: Entry) -> Sequence[Any] | None:
         if entry.slopes is None:

@@ -85,15 +85,16 @@ def _retaken(call: Call) -> Tensor:
         recording.at_start.append(0)
         solution = solver.integrate(value_of(call.t))
         recording.finish([solver.final_state], [solution])
+        stepper = solver.stepper()
     conditions.solved()
     inside = [output for _, output in recording.inside]
     times = solver.times(call.t, call.t[inside], call.option("step_t"), call.option("jump_t"))
     tape = Tape(recording, recording.saved, [call.y0], times)
     check = ReplayCheck("ignore", 0.0)
-    with conditions.restored(tape.is_random):
+    with conditions.restored():
         field = Field(call.func.base_func, (), conditions, check, wants_time=False, expected={})
         field.cuts = False
-        rows = replayed(tape, solver.stepper(), field, check, [call.y0], times)
+        rows = replayed(tape, stepper, field, check, [call.y0], times)
     return torch.stack([rows[output][0] for output in range(len(call.t))])
 
 
