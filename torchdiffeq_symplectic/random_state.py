@@ -72,7 +72,8 @@ class RandomState:
     @staticmethod
     def fingerprint(state: Tensor) -> int:
         """A number that differs where the state does."""
-        return hash(value_of(state).numpy().tobytes())
+        with Untransformed():
+            return hash(value_of(state).numpy().tobytes())
 
     def is_drawn_from(self, evaluate: Callable[[], object]) -> bool:
         """Whether ``evaluate()`` draws from the generators, and not another thread meanwhile; they stay as they are."""
