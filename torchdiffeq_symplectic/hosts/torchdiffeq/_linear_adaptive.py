@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from torchdiffeq_symplectic.field import Field, Linearisation
-from torchdiffeq_symplectic.hosts.torchdiffeq._host import _runge_kutta_step
+from torchdiffeq_symplectic.hosts.torchdiffeq._host import RKAdaptiveStepsizeODESolver, _runge_kutta_step
 from torchdiffeq_symplectic.hosts.torchdiffeq._linear import Coefficients, LinearSweep
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.replay import ReplayCheck
-from torchdiffeq_symplectic.tape import Step, Tape
+from torchdiffeq_symplectic.tape import Step, Stepper, Tape
 
-__all__ = ["AdaptiveSweep", "LinearTableau", "ends_in_state"]
+__all__ = ["AdaptiveSweep", "LinearTableau", "ends_in_state", "linear_tableau_of"]
 
 
 class LinearTableau(NamedTuple):
@@ -36,24 +36,32 @@ class LinearTableau(NamedTuple):
     closes: bool
     dense: Tensor
 
-    @classmethod
-    def of(cls, tableau: Any, mid: Tensor) -> LinearTableau | None:
-        """That of a solver's tableau; None if complex, or if torchdiffeq forms stage states in another way."""
-        b = tableau.c_sol
-        if not b.dtype.is_floating_point or not _forms_states(len(b), b.dtype):
-            return None
-        a = torch.zeros(len(b), len(b), dtype=b.dtype, device=b.device)
-        for i, row in enumerate(tableau.beta):
-            a[i + 1, : i + 1] = row
-        first, last = torch.eye(len(b), dtype=b.dtype, device=b.device)[[0, -1]]
-        dense = [
-            first,
-            last - 4 * first - 5 * b + 16 * mid,
-            5 * first - 3 * last + 14 * b - 32 * mid,
-            2 * (last - first) - 8 * b + 16 * mid,
-        ]
-        forward = [*tableau.beta, b]
-        return cls(Coefficients(a, b), forward, tableau.alpha.tolist(), ends_in_state(tableau), torch.stack(dense))
+
+@functools.lru_cache(maxsize=64)
+def linear_tableau_of(solver: type, device: torch.device, dtype: torch.dtype) -> LinearTableau | None:
+    """That of a solver class whose tableau is its own, for states on ``device``.
+
+    None for complex states, for a class that makes its tableau itself, and if torchdiffeq forms stage states in another
+    way than the sweep does. Kept, so that a backward pass sends nothing to the device.
+    """
+    if not dtype.is_floating_point or solver.__init__ is not RKAdaptiveStepsizeODESolver.__init__:  # type: ignore[misc]
+        return None
+    tableau: Any = solver.tableau  # type: ignore[attr-defined]
+    if not _forms_states(len(tableau.c_sol), dtype):
+        return None
+    alpha, forward = tableau.alpha.to(dtype).tolist(), [*tableau.beta, tableau.c_sol]
+    *forward, b, mid = (row.to(device, dtype) for row in (*forward, solver.mid))  # type: ignore[attr-defined]
+    a = torch.zeros(len(b), len(b), dtype=dtype, device=device)
+    for i, row in enumerate(forward):
+        a[i + 1, : i + 1] = row
+    first, last = torch.eye(len(b), dtype=dtype, device=device)[[0, -1]]
+    dense = [
+        first,
+        last - 4 * first - 5 * b + 16 * mid,
+        5 * first - 3 * last + 14 * b - 32 * mid,
+        2 * (last - first) - 8 * b + 16 * mid,
+    ]
+    return LinearTableau(Coefficients(a, b), [*forward, b], alpha, ends_in_state(tableau), torch.stack(dense))
 
 
 def ends_in_state(tableau: Any) -> bool:
@@ -65,13 +73,14 @@ class AdaptiveSweep(LinearSweep):
     """Steps of torchdiffeq's adaptive solvers.
 
     Args:
+        tableau: of the solver.
         stepper: does them again.
         tape, field, check: of the solve.
     """
 
-    def __init__(self, stepper: Any, tape: Tape, field: Field, check: ReplayCheck) -> None:
+    def __init__(self, tableau: LinearTableau, stepper: Stepper, tape: Tape, field: Field, check: ReplayCheck) -> None:
         self._stepper = stepper
-        coefficients, forward, self._nodes, self._closes, dense = stepper.linear_tableau
+        coefficients, forward, self._nodes, self._closes, dense = tableau
         super().__init__(coefficients, tape, field, check)
         self._forward = [row.to(self._buffer.device) for row in forward]
         self._dense = dense.to(self._buffer.device)

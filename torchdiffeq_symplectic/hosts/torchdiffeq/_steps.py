@@ -16,7 +16,12 @@ from torchdiffeq_symplectic.hosts.torchdiffeq._host import (
     _interp_evaluate,
     _runge_kutta_step,
 )
-from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import AdaptiveSweep, LinearTableau, ends_in_state
+from torchdiffeq_symplectic.hosts.torchdiffeq._linear_adaptive import (
+    AdaptiveSweep,
+    LinearTableau,
+    ends_in_state,
+    linear_tableau_of,
+)
 from torchdiffeq_symplectic.hosts.torchdiffeq._linear_fixed import FixedSweep, coefficients_of
 from torchdiffeq_symplectic.hosts.torchdiffeq._timed import Timed
 from torchdiffeq_symplectic.tape import Linear, Step, Tape
@@ -50,8 +55,7 @@ class AdaptiveStepper:
     def __init__(self, solver: Any) -> None:
         self._solver = _bare(solver)
         self._tableau = solver.tableau
-        # Now, while the host waits for its device anyway: backward is not to.
-        self.linear_tableau = LinearTableau.of(solver.tableau, solver.mid)
+        self._linear_tableau()  # now, while the host waits for its device anyway: backward is not to
 
     @staticmethod
     def evaluates_carry(solver: Any) -> bool:
@@ -84,11 +88,15 @@ class AdaptiveStepper:
             f1 = func(step.end, y1, perturb=Perturb.NEXT)
         return [y1, f1], outputs
 
+    def _linear_tableau(self) -> LinearTableau | None:
+        solver: type = type(self._solver)
+        b = self._tableau.c_sol
+        return linear_tableau_of(solver, b.device, b.dtype)
+
     def linear(self, tape: Tape, field: Any, check: Any) -> Linear | None:
         """The adjoint of an explicit tableau by matrix-vector products."""
-        if self.linear_tableau is None:
-            return None
-        return AdaptiveSweep(self, tape, field, check)
+        tableau = self._linear_tableau()
+        return None if tableau is None else AdaptiveSweep(tableau, self, tape, field, check)
 
 
 def _followed_step(
