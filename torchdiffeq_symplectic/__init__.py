@@ -11,6 +11,7 @@ from torchdiffeq_symplectic.errors import (
     MissingGradientWarning,
     ReplayError,
     ReplayWarning,
+    UnsupportedFieldError,
     UnsupportedSolverError,
 )
 from torchdiffeq_symplectic.hosts.torchdiffeq import odeint_adjoint
@@ -34,6 +35,7 @@ __all__ = [
     "MissingGradientWarning",
     "ReplayError",
     "ReplayWarning",
+    "UnsupportedFieldError",
     "UnsupportedSolverError",
 ]
 

@@ -7,6 +7,7 @@ __all__ = [
     "MissingGradientWarning",
     "ReplayError",
     "ReplayWarning",
+    "UnsupportedFieldError",
     "UnsupportedSolverError",
 ]
 
@@ -25,6 +26,10 @@ class MissingGradientWarning(UserWarning):
 
 class EscapedGraphWarning(UserWarning):
     """The field hands out tensors other than its slope, whose gradients stop at the field's inputs."""
+
+
+class UnsupportedFieldError(NotImplementedError):
+    """The field does what a replay cannot follow."""
 
 
 class UnsupportedSolverError(NotImplementedError):

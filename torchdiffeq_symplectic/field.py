@@ -164,10 +164,12 @@ class Field:
             random.set(draw.state)
             try:
                 slope = self._evaluated(t, y, *args, **kwargs)
-                after = None if draw.after is None else random.fingerprint(random.get())
+                after = random.get()
             finally:
                 random.set(before)
-        if after != draw.after:
+        # What was drawn once and is kept by the field, noise or weights of a lazy module, is not drawn again.
+        drew = draw.after is not None and not torch.equal(after, draw.state)
+        if drew and random.fingerprint(after) != draw.after:
             assert self._step is not None
             self._check.disturbed(self._step.number)
         return slope

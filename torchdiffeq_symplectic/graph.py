@@ -17,7 +17,11 @@ Edge = tuple[Node, int]
 def edge_of(tensor: Tensor) -> Edge:
     """Where ``tensor``, which requires a gradient, stands in the graph; also where gradients are not enabled."""
     with torch.enable_grad():  # before torch 2.5, a leaf is found by way of a view of it
-        node, number, *_ = torch.autograd.graph.get_gradient_edge(tensor)
+        if tensor.layout is not torch.strided and tensor.is_leaf:  # which PyTorch finds by a view; these have none
+            leaf: Any = tensor.clone().grad_fn
+            node, number = leaf.next_functions[0]
+        else:
+            node, number, *_ = torch.autograd.graph.get_gradient_edge(tensor)
     return node, number
 
 

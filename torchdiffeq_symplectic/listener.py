@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from torchdiffeq_symplectic.errors import UnsupportedFieldError
 from torchdiffeq_symplectic.random_state import Draw, undisturbed
-from torchdiffeq_symplectic.replay import Conditions
+from torchdiffeq_symplectic.replay import Conditions, version_of
 from torchdiffeq_symplectic.uses import Captured
 
 __all__ = ["Call", "Listener", "detached", "differentiable", "with_graph"]
@@ -91,6 +92,8 @@ class Listener:
     def _evaluated(
         self, conditions: Conditions, captured: Captured, watched: bool, t: Tensor, y: Any, *args: Any, **kwargs: Any
     ) -> Any:
+        given = [t, *(part for part in pytree.tree_leaves(y) if isinstance(part, Tensor))]
+        versions = [version_of(part) for part in given]
         state = conditions.random.get()
         new: Sequence[weakref.ref[Tensor]] = ()
         # A solver may differentiate the field itself: by Newton's method, say.
@@ -108,6 +111,11 @@ class Listener:
         else:
             slope = self._func(t, detached(y), *args, **kwargs)
             slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
+        if versions != [version_of(part) for part in given]:
+            raise UnsupportedFieldError(
+                "func overwrites the time or the state that it is given, which a replay cannot do again. Let it work on "
+                "a copy: y = y.clone()."
+            )
         after = drew = None
         if watched:
             moved = conditions.random.get()

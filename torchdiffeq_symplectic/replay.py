@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from torchdiffeq_symplectic.errors import ReplayError, ReplayWarning
 from torchdiffeq_symplectic.held import Held, Place
 from torchdiffeq_symplectic.random_state import RandomState
 
-__all__ = ["REPLAY_CHECKS", "Conditions", "ReplayCheck"]
+__all__ = ["REPLAY_CHECKS", "Conditions", "ReplayCheck", "version_of"]
 
 REPLAY_CHECKS = ("error", "warn", "ignore")
 
@@ -50,13 +51,13 @@ class _Noted(NamedTuple):
     def at(cls, places: Iterable[Place]) -> list[_Noted]:
         """The tensors at ``places``."""
         found = [(place, _value_at(place)) for place in places]
-        return [cls(place, weakref.ref(value), _version(value)) for place, value in found if isinstance(value, Tensor)]
+        return [cls(place, weakref.ref(value), version_of(value)) for place, value in found if isinstance(value, Tensor)]
 
     @property
     def moved(self) -> bool:
         """Whether another tensor is there by now, or this one was changed in place."""
         tensor = self.tensor()
-        return tensor is None or _value_at(self.place) is not tensor or _version(tensor) != self.version
+        return tensor is None or _value_at(self.place) is not tensor or version_of(tensor) != self.version
 
 
 class Conditions:
@@ -103,7 +104,7 @@ class Conditions:
             self.evaluated()
         values = [(noted.place, noted.tensor()) for noted in self._noted]
         # A place that each evaluation fills with something new is no input of the field.
-        self._values = [(place, v, _version(v)) for place, v in values if v is not None and _value_at(place) is v]
+        self._values = [(place, v, version_of(v)) for place, v in values if v is not None and _value_at(place) is v]
         self._moving += [noted.place for noted in self._noted if noted.moved]
         for module, training in zip(self._modules, self._training, strict=True):
             if training and getattr(module, "running_mean", None) is not None:  # updated without a new version
@@ -120,7 +121,7 @@ class Conditions:
         overwritten = [
             f"{_name_of(place)} was overwritten in place"
             for place, value, version in self._values
-            if _version(value) != version and (id(place[0]), place[1]) not in moving
+            if version_of(value) != version and (id(place[0]), place[1]) not in moving
         ]
         rebound = [
             f"{_name_of(place)} was {value!r} and is {_value_at(place)!r}"
@@ -208,8 +209,9 @@ def _put_back(place: Place, tensor: Tensor, value: Tensor) -> None:
     _put(place, tensor)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def version_of(tensor: Tensor) -> int:
+    """How often it was changed in place."""
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def _name_of(place: Place) -> str:
