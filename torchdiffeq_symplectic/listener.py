@@ -113,8 +113,8 @@ class Listener:
             slope = slope.detach() if isinstance(slope, Tensor) else detached(slope)
         if versions != [version_of(part) for part in given]:
             raise UnsupportedFieldError(
-                "func overwrites the time or the state that it is given, which a replay cannot do again. Let it work on "
-                "a copy: y = y.clone()."
+                "func overwrites the time or the state that it is given, which a replay cannot do again. Let it work "
+                "on a copy: y = y.clone()."
             )
         after = drew = None
         if watched:

@@ -51,7 +51,9 @@ class _Noted(NamedTuple):
     def at(cls, places: Iterable[Place]) -> list[_Noted]:
         """The tensors at ``places``."""
         found = [(place, _value_at(place)) for place in places]
-        return [cls(place, weakref.ref(value), version_of(value)) for place, value in found if isinstance(value, Tensor)]
+        return [
+            cls(place, weakref.ref(value), version_of(value)) for place, value in found if isinstance(value, Tensor)
+        ]
 
     @property
     def moved(self) -> bool:
