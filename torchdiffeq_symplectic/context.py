@@ -54,12 +54,19 @@ class use:  # noqa: N801 (named as torch.no_grad is)
 
     Raises:
         ValueError: for an unknown mode, an unknown option, or an option with a wrong value.
+        TypeError: for options that are not keywords, and for ``@use`` without a mode.
         RuntimeError: on entering, after `unregister`.
         NotImplementedError: in a solve by a method that the mode cannot replay, if it needs a gradient; ValueError if
             the mode is for other methods.
     """
 
-    def __init__(self, mode: str | None, **adjoint_options: Any) -> None:
+    def __init__(self, mode: str | None, *unnamed: object, **adjoint_options: Any) -> None:
+        if unnamed:
+            raise TypeError(
+                f'adjoint_options are keywords, as in use("symplectic", checkpoint="stages"), not {unnamed}'
+            )
+        if callable(mode):
+            raise TypeError('use needs a mode before it decorates a function, as in @use("symplectic")')
         self._choice = _choice_of(mode, adjoint_options)
 
     def __enter__(self) -> None:
@@ -122,7 +129,7 @@ def current() -> Choice | None:
 def chosen_by(name: object, options: Mapping[str, Any] | None) -> Choice | None:
     """The choice for a call that names ``name`` and gives ``options``: its own if that is a mode, else the current."""
     if isinstance(name, str) and name in MODES:
-        return Choice(MODES[name], options or {})
+        return Choice(MODES[name], {} if options is None else options)
     return current()
 
 
@@ -162,7 +169,7 @@ def _choice_of(mode: str | None, options: Mapping[str, Any]) -> Choice | None:
         if options:
             raise ValueError(f"without a mode there are no options, but there is {', '.join(options)}")
         return None
-    if mode not in MODES:
+    if not isinstance(mode, str) or mode not in MODES:
         known = '", "'.join(MODES)
         raise ValueError(f'mode must be None or one of {{"{known}"}}, but is {mode!r}')
     known_options = MODES[mode].options | {"replay_check"}

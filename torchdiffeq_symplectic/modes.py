@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import difflib
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import ClassVar
@@ -228,15 +229,20 @@ def configured(
     Warns of unknown keys as torchdiffeq does; those in ``hosts()`` are the host's own, and have no effect.
 
     Raises:
+        TypeError: if ``options`` is no dictionary.
         ValueError: if an option that is the mode's own has a wrong value.
     """
+    if not isinstance(options, Mapping):
+        raise TypeError(f'adjoint_options must be a dictionary such as {{"checkpoint": "stages"}}, but is {options!r}')
     known = mode.options | {"replay_check"}
     unknown = {key: value for key, value in options.items() if key not in known}
     if unknown:
         harmless = hosts()
         unknown = {key: value for key, value in unknown.items() if key not in harmless}
     if unknown:
-        warnings.warn(f"{mode.name}: Unexpected arguments {unknown}", stacklevel=5)
+        near = {key: match for key in unknown for match in difflib.get_close_matches(str(key), known, n=1)}
+        meant = "".join(f' Did you mean "{match}" for "{key}"?' for key, match in near.items())
+        warnings.warn(f"{mode.name}: Unexpected arguments {unknown}{meant and '.' + meant}", stacklevel=5)
     check = options.get("replay_check", mode.replay_check)
     if check not in list(REPLAY_CHECKS):
         raise ValueError(f'adjoint_options["replay_check"] must be one of {REPLAY_CHECKS}, but is {check!r}')

@@ -8,6 +8,7 @@ its methods up in, which a `use` needs.
 from __future__ import annotations
 
 import sys
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -76,10 +77,13 @@ def odeint_adjoint(
     Raises:
         ValueError: for an unknown method, one that the mode is not for, or ``func`` without ``adjoint_params`` that is
             no module.
-        TypeError: if ``adjoint_params`` is a single tensor.
+        TypeError: if ``adjoint_params`` is no sequence of tensors, ``adjoint_options`` no dictionary, or
+            ``adjoint_method`` no name.
         NotImplementedError: before the solve, if the steps of ``method`` are of no form that can be replayed.
         ReplayError: in backward, if recomputing a step does not give what the forward pass gave.
     """
+    if not isinstance(adjoint_method, Hashable):
+        raise TypeError(f'adjoint_method must be a name such as "symplectic", but is {adjoint_method!r}')
     choice = chosen_by(adjoint_method, adjoint_options)
     if choice is None or not _is_known(adjoint_method):
         return _upstream_odeint_adjoint(
@@ -103,13 +107,8 @@ def odeint_adjoint(
             "specified explicitly via the `adjoint_params` argument. If there are no parameters then it is allowable "
             "to set `adjoint_params=()`."
         )
-    if isinstance(adjoint_params, Tensor):
-        raise TypeError(
-            "adjoint_params must be a sequence of tensors, but is a single tensor, which would be taken apart into its "
-            "rows. Pass adjoint_params=(tensor,)."
-        )
-    params = tuple(adjoint.find_parameters(func) if adjoint_params is None else adjoint_params)
-    params = tuple(param for param in params if param.requires_grad)
+    given = adjoint.find_parameters(func) if adjoint_params is None else _sequence_of_tensors(adjoint_params)
+    params = tuple(param for param in given if param.requires_grad)
     shapes, func, y0, t, rtol, atol, method, options, event_fn, decreasing = _check_inputs(
         func, y0, t, rtol, atol, method, options, event_fn, SOLVERS
     )
@@ -121,6 +120,22 @@ def odeint_adjoint(
         return solution
     event_t = event_t.to(t)
     return -event_t if decreasing else event_t, solution
+
+
+def _sequence_of_tensors(adjoint_params: Any) -> Sequence[Tensor]:
+    wrong = None
+    if isinstance(adjoint_params, Tensor):
+        wrong = "a single tensor, which would be taken apart into its rows. Pass adjoint_params=(tensor,)"
+    elif isinstance(adjoint_params, str | Mapping) or not isinstance(adjoint_params, Iterable):
+        wrong = f"a {type(adjoint_params).__name__}. Pass tuple(func.parameters()), say"
+    else:
+        adjoint_params = tuple(adjoint_params)
+        kinds = [type(entry).__name__ for entry in adjoint_params if not isinstance(entry, Tensor)]
+        if kinds:
+            wrong = f"a sequence with a {kinds[0]} in it. Pass tuple(func.parameters()), say"
+    if wrong is not None:
+        raise TypeError(f"adjoint_params must be a sequence of tensors, but is {wrong}.")
+    return tuple(adjoint_params)
 
 
 class _Dispatch:

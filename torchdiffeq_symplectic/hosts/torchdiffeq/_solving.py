@@ -131,7 +131,13 @@ def _grid(call: Call) -> Tensor | None:
     constructor = call.options.get("grid_constructor")
     if constructor is None or call.event_fn is not None or not issubclass(call.solver_class, FixedGridODESolver):
         return None
-    grid: Tensor = constructor(call.func, call.y0, call.t)
+    grid: Any = constructor(call.func, call.y0, call.t)
+    if not isinstance(grid, Tensor) or grid.dim() != 1:
+        what = f"one of shape {tuple(grid.shape)}" if isinstance(grid, Tensor) else f"a {type(grid).__name__}"
+        raise TypeError(
+            'options["grid_constructor"] must return the times of the steps from t[0] to t[-1], a tensor of shape '
+            f"(N,), but returned {what}."
+        )
     call.options = {**call.options, "grid_constructor": lambda func, y0, t: grid}
     return grid
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from torchdiffeq_symplectic.context import Choice, current
+from torchdiffeq_symplectic.context import Choice, chosen_by, current
 from torchdiffeq_symplectic.hosts.torchdyn._host import (
     MultipleShootingProblem,
     NeuralODE,
@@ -45,7 +44,7 @@ def choice_of(problem: Any, x: Any, t_span: Any) -> Choice | None:
     """
     mode = mode_of(problem)
     if mode is not None:
-        return Choice(mode, _options(problem))
+        return chosen_by(mode.name, getattr(problem, "adjoint_options", None))
     choice = current()
     if choice is None or not needs_gradient((x, t_span), (problem.vf, problem.solver, problem.integral_loss)):
         return None
@@ -129,13 +128,6 @@ def _trajectory(self: Any, x: Any, t_span: Any) -> Any:
     call = Call(self.vf, x, t_span, self.solver, self.atol, self.rtol, options=choice.options)
     call.graph = mode_of(self) is None  # torchdyn's own trajectory is a solve by autograd under every sensitivity
     return solve(choice.mode, call)[1]
-
-
-def _options(problem: Any) -> dict[str, Any]:
-    options = getattr(problem, "adjoint_options", None)
-    if options is not None and not isinstance(options, Mapping):
-        raise TypeError(f'adjoint_options must be a dictionary such as {{"checkpoint": "stages"}}, but is {options!r}')
-    return dict(options or {})
 
 
 @functools.wraps(_upstream_function)
