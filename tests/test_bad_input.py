@@ -105,6 +105,6 @@ def test_torchdyn() -> None:
     with pytest.raises(TypeError, match="adjoint_options must be a dictionary"):
         model(initial(), torch.linspace(0, 1, 3))
     model.sensitivity = "symplektic"
-    with pytest.raises(ValueError, match="sensitivity must be one of .* but is 'symplektic'"):
+    with pytest.raises(ValueError, match=r"sensitivity must be one of .* but is 'symplektic'"):
         model(initial(), torch.linspace(0, 1, 3))
     assert net.evaluations == 0
