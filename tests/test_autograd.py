@@ -12,6 +12,7 @@ from harness import (
     DOUBLE,
     METHODS,
     Net,
+    arguments_of,
     each_mode,
     error,
     gradients,
@@ -24,6 +25,7 @@ from harness import (
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from torchdiffeq_symplectic import use
 from torchdiffeq_symplectic.experiments.memory import live_bytes
 
 EXACT = 1e-11
@@ -209,6 +211,25 @@ def test_a_solve_inside_of_pytorchs_checkpoint(mode: str, method: str) -> None:
     expected = gradients(BACKPROPAGATION, net, y0, t, wanted, method=method)
     solution: Any = checkpoint(lambda y0: solve(mode, net, y0, t, method), y0, use_reentrant=False)
     assert error(torch.autograd.grad(loss_of(solution), wanted), expected) < EXACT
+
+
+@over(SOME)
+def test_pytorchs_checkpoint_recomputes_outside_of_use_what_was_solved_inside(mode: str, method: str) -> None:
+    net, y0, t = Net(), initial(), times()
+    wanted = [y0, *net.parameters()]
+    expected = gradients(BACKPROPAGATION, net, y0, t, wanted, method=method)
+    own = {"adjoint_options": {}, **arguments_of(mode)}
+    with use(own["adjoint_method"], **own["adjoint_options"]):
+        solution: Any = checkpoint(lambda y0: solve(BACKPROPAGATION, net, y0, t, method), y0, use_reentrant=False)
+    assert error(torch.autograd.grad(loss_of(solution), wanted), expected) < EXACT
+
+
+@pytest.mark.parametrize("method", BOTH)
+def test_hooks_of_times_that_nothing_depends_on_are_not_called(method: str) -> None:
+    t = torch.tensor([0.3], dtype=DOUBLE, requires_grad=True)
+    t.register_hook(lambda gradient: pytest.fail("called"))
+    solve("symplectic", Net(), initial(), t, method).sum().backward()
+    assert t.grad is None
 
 
 @over(BOTH)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -15,11 +18,17 @@ from harness import (
     DOUBLE,
     MODES,
     Mixing,
+    Net,
     assert_equal_values,
     assert_same_gradients,
+    each_mode,
+    error,
     gradients_of,
+    initial,
     loss_of,
+    neural_ode,
     problem_for,
+    times,
     uniform,
 )
 from torch import Tensor, nn
@@ -155,3 +164,37 @@ def test_a_subclass_may_know_names_of_its_own() -> None:
     problem.sensalg = "own"
     x, t = uniform(4, 3, seed=1), torch.linspace(0, 1, 6, dtype=DOUBLE)
     assert torch.equal(problem.odeint(x, t)[1], x.expand(6, 4, 3) * 2)
+
+
+def test_the_function_is_pickled_by_its_name() -> None:
+    odeint = sys.modules["torchdyn.numerics"].odeint
+    assert pickle.loads(pickle.dumps(odeint)) is odeint
+
+
+@each_mode
+def test_a_call_leaves_no_reference_cycles(mode: str) -> None:
+    field = Net()
+
+    def run() -> None:
+        neural_ode(mode, field, solver="rk4")(initial(), times())[1].sum().backward()
+
+    run()
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_a_solve_inside_of_a_compiled_function() -> None:
+    model, x = neural_ode("symplectic", Net(), solver="rk4"), initial()
+
+    def loss(x: Tensor) -> Tensor:
+        return loss_of(model(x, times())[1])
+
+    compiled = torch.compile(loss, backend="eager")
+    (expected,), (found,) = (torch.autograd.grad(function(x), x) for function in (loss, compiled))
+    assert error([found], [expected]) < 1e-12

@@ -14,9 +14,11 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
+
 from torchdiffeq_symplectic.modes import MODES, Mode, configured
 
-__all__ = ["Choice", "chosen_by", "connect", "current", "restored", "set_default", "use"]
+__all__ = ["Choice", "chosen_by", "connect", "current", "recompute_inside", "restored", "set_default", "use"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -142,6 +144,24 @@ def restored(choice: Choice | None) -> Iterator[None]:
         yield
     finally:
         _leave(owner)
+
+
+def recompute_inside(choice: Choice | None) -> None:
+    """Let `torch.utils.checkpoint`, where it is at work around a solve, recompute that as it is solved now.
+
+    It does so in backward, which may be outside of the `use` that the solve is in.
+    """
+    hooks = None if choice is None else torch._C._autograd._top_saved_tensors_default_hooks(True)
+    for cell in getattr(hooks and hooks[0], "__closure__", None) or ():
+        frame = cell.cell_contents
+        recompute = getattr(frame, "recompute_fn", None)
+        if recompute is not None and getattr(recompute, "func", None) is not _inside:
+            frame.recompute_fn = functools.partial(_inside, choice, recompute)
+
+
+def _inside(choice: Choice | None, recompute: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with restored(choice):
+        return recompute(*args, **kwargs)
 
 
 def connect(connected: bool) -> None:

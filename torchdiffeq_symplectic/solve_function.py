@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchdiffeq_symplectic.context import Choice, current, restored
+from torchdiffeq_symplectic.context import Choice, current, recompute_inside, restored
 from torchdiffeq_symplectic.errors import EscapedGraphWarning, MissingGradientWarning
 from torchdiffeq_symplectic.field import Field
 from torchdiffeq_symplectic.graph import edge_of
@@ -64,6 +64,7 @@ def attach(
         times: of its steps and outputs.
         targets: the tensors that the field uses and that gradients are wanted for.
     """
+    recompute_inside(solve.choice)
     recording = solve.recording
     edges = {edge_of(target): i for i, target in enumerate(targets) if target.requires_grad}
     expected = {
@@ -75,7 +76,11 @@ def attach(
         for key, references in recording.first_reached.items()
     }
     recording.first_reached = {}
-    result: tuple[Tensor, ...] = _Gradient.apply(solve, expected, [*solution], len(initial), *initial, *times, *targets)
+    # Where there are no steps, nothing depends on the times: hooks on these are not to be called.
+    vectors = [vector if vector.numel() else vector.detach() for vector in times]
+    result: tuple[Tensor, ...] = _Gradient.apply(
+        solve, expected, [*solution], len(initial), *initial, *vectors, *targets
+    )
     return result
 
 

@@ -103,17 +103,22 @@ class Captured:
         self._looks -= 1
         t = t.detach()
         with torch.enable_grad(), _saved_as_they_are():
-            parts, rebuild = pytree.tree_flatten(y)
+            # A tensor apart: pytree's functions leave reference cycles.
+            parts, structure = ([y], None) if isinstance(y, Tensor) else pytree.tree_flatten(y)
+
+            def packed(parts: list[Any]) -> Any:
+                return parts[0] if structure is None else pytree.tree_unflatten(parts, structure)
+
             given = parts if linked else [_leaf(part) for part in parts]
             stops = {edge_of(part) for part in given if _needs_grad(part)} if linked else set()
             since = now()
-            result = func(t, pytree.tree_unflatten(self._marked(given, linked), rebuild), *args, **kwargs)
+            result = func(t, packed(self._marked(given, linked)), *args, **kwargs)
             roots = [edge_of(part) for part in pytree.tree_leaves(result) if _needs_grad(part)]
             new = self._look(roots, since, given, stops=stops)
             if new is None:  # a tensor that is held out of sight: watch the operations that it goes into
                 draw = None if self._random is None else self._random.get()
                 with _Witness(self._known, since):
-                    func(t, pytree.tree_unflatten(self._marked(given, linked), rebuild), *args, **kwargs)
+                    func(t, packed(self._marked(given, linked)), *args, **kwargs)
                 if self._random is not None and draw is not None:
                     self._random.set(draw)
                 new = self._look(roots, since, given, final=True, stops=stops) or []
@@ -122,7 +127,10 @@ class Captured:
         del new
         if linked:
             return result, references
-        result = pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result)
+        if isinstance(result, Tensor):
+            result = result.detach()
+        else:
+            result = pytree.tree_map(lambda part: part.detach() if isinstance(part, Tensor) else part, result)
         del roots
         if not self.escaped:  # now: a sum that is continued where gradients are off loses its graph
             del self._marks[:-1]

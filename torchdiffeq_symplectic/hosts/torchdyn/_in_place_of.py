@@ -15,6 +15,8 @@ __all__ = ["RecordingInterpolator", "RecordingSolver"]
 class _InPlaceOf:
     """In the place of one of the user's objects, of which it shows every attribute."""
 
+    _original: Any = None  # of an instance that torch.compile makes without `__init__`
+
     def __init__(self, original: Any, recorder: Recorder) -> None:
         self._original, self._recorder = original, recorder
 

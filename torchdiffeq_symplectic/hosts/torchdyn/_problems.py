@@ -145,6 +145,7 @@ def _function(f: Any, x: Any, t_span: Any, solver: Any, *args: Any, **kwargs: An
     return solve(choice.mode, Call(**given, options=choice.options, graph=True))
 
 
+_function.__module__ = "torchdyn.numerics"  # where `pickle` finds it, with or without this package
 _ARGUMENTS = inspect.signature(_upstream_function)
 # Those of a `Call`. A solve that is given others is torchdyn's own, and backpropagated through.
 _KNOWN = {"f", "x", "t_span", "solver", "atol", "rtol", "interpolator", "save_at", "args"}
