@@ -189,6 +189,7 @@ def test_a_call_leaves_no_reference_cycles(mode: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at it
 def test_a_solve_inside_of_a_compiled_function() -> None:
     model, x = neural_ode("symplectic", Net(), solver="rk4"), initial()
 

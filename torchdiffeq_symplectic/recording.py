@@ -120,7 +120,8 @@ class Recording:
         draws = [self._kept_draw(call) for call in calls] if drew else []
         kept = None
         if slopes is not None:
-            leaves, structure = pytree.tree_flatten(list(slopes))
+            plain = all(isinstance(slope, Tensor) for slope in slopes)  # pytree's functions leave reference cycles
+            leaves, structure = (slopes, None) if plain else pytree.tree_flatten(list(slopes))
             kept = [self._keep(leaf) for leaf in leaves], structure
         self.entries.append(Entry(note, [*states, *carry], len(states), len(calls), draws, kept))
         for i, call in enumerate(calls):

@@ -169,8 +169,8 @@ class Tape:
         if entry.slopes is None:
             return None
         positions, structure = entry.slopes
-        slopes: Sequence[Any] = pytree.tree_unflatten([self._saved[position] for position in positions], structure)
-        return slopes
+        leaves = [self._saved[position] for position in positions]
+        return leaves if structure is None else pytree.tree_unflatten(leaves, structure)
 
     def rows_of_state(self, n: int) -> Sequence[int]:
         """The outputs that are the state before step ``n``."""

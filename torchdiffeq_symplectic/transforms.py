@@ -17,8 +17,6 @@ __all__ = ["Rows", "Untransformed", "is_batched", "is_followed", "is_vmapped", "
 
 def is_followed() -> bool:
     """Whether a transform of ``torch.func`` is at work in this thread, or forward-mode differentiation is on."""
-    if torch.compiler.is_compiling():  # it would trace this to a wrong answer
-        return False
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 

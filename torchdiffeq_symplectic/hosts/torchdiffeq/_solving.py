@@ -42,6 +42,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor | None, Tensor]:
             replayed.
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
+    if torch.compiler.is_compiling():  # one graph break, and no more
+        return torch.compiler.disable(solve)(mode, call)  # type: ignore[no-any-return]
     mode, check = configured(mode, call.adjoint_options, _options_of_upstream)
     if is_followed():
         return followed(mode, call)

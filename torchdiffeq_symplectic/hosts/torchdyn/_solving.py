@@ -109,6 +109,8 @@ def solve(mode: Mode, call: Call) -> tuple[Tensor, State]:
         UnsupportedSolverError: if the solver's steps cannot be replayed.
         ValueError: if an entry of ``adjoint_options`` that is the mode's own has a wrong value.
     """
+    if torch.compiler.is_compiling():  # one graph break, and no more
+        return torch.compiler.disable(solve)(mode, call)  # type: ignore[no-any-return]
     mode, check = configured(mode, call.options)
     if is_followed():
         return _followed(mode, call)
